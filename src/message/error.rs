@@ -1,0 +1,296 @@
+//! What sidegate answers for itself.
+
+use std::{error::Error as StdError, fmt};
+
+use http::StatusCode;
+
+/// What a layer returns when it does not answer: usually an [`Error`], possibly inside a wrapping of its own.
+pub type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// A failure that sidegate will answer for. Layers return it boxed and unrendered; `layers::errors` alone
+/// makes a response of it.
+///
+/// What the client is told comes from the [`Kind`]; the source is for the log.
+#[derive(Debug)]
+pub struct Error {
+    kind: Kind,
+    source: Option<BoxError>,
+}
+
+impl Error {
+    /// An error whose cause is `source`.
+    pub fn new(kind: Kind, source: impl Into<BoxError>) -> Self {
+        Self { kind, source: Some(source.into()) }
+    }
+
+    /// What went wrong.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The `Error` in a chain of sources, however it was wrapped.
+    ///
+    /// ```
+    /// use sidegate::message::{Error, Kind};
+    ///
+    /// let wrapped = std::io::Error::other(Error::from(Kind::UpstreamTimeout));
+    /// assert_eq!(Error::find(&wrapped).map(Error::kind), Some(Kind::UpstreamTimeout));
+    /// ```
+    #[must_use]
+    pub fn find<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Self> {
+        let mut next = Some(error);
+        while let Some(error) = next {
+            if let Some(found) = error.downcast_ref() {
+                return Some(found);
+            }
+            // An `io::Error` hides what it carries from `source`: its own source is the carried one's.
+            next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+                Some(carried) => Some(carried),
+                None => error.source(),
+            };
+        }
+        None
+    }
+}
+
+impl From<Kind> for Error {
+    fn from(kind: Kind) -> Self {
+        Self { kind, source: None }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.kind.detail())
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match &self.source {
+            Some(source) => Some(&**source),
+            None => None,
+        }
+    }
+}
+
+/// Who caused an error: all that breakers, retries and fallbacks look at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The request, or the client's connection.
+    Client,
+    /// The upstream, or the way to it.
+    Upstream,
+    /// Sidegate itself.
+    Sidegate,
+}
+
+/// What went wrong. A new variant does not compile until it has a slug, a status, a fault and a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Kind {
+    /// The request is malformed or ambiguous; the text says how.
+    BadRequest(&'static str),
+    /// The target is longer than the listener allows.
+    UriTooLong,
+    /// The header section has more fields or bytes than the listener allows.
+    HeadersTooLarge,
+    /// The request came through this sidegate before.
+    LoopDetected,
+    /// No route matches.
+    NoRoute,
+    /// The request's body is larger than the route allows.
+    BodyTooLarge,
+    /// The client was silent for `client_body_idle` in the middle of its body.
+    ClientTimeout,
+    /// The client's body ended before its end.
+    ClientReset,
+    /// No connection to the endpoint within `connect`: refused, unreachable, unresolved, or TLS failed.
+    ConnectFailed,
+    /// The endpoint broke the connection, or HTTP, before or within its response.
+    UpstreamReset,
+    /// The endpoint was silent for `first_byte`, or for `idle` within its response.
+    UpstreamTimeout,
+    /// The exchange took longer than `total`.
+    DeadlineExceeded,
+    /// A bug of sidegate's.
+    Internal,
+    /// An embedder's own.
+    Custom {
+        /// The last part of the problem type: lower-case words with dashes.
+        slug: &'static str,
+        /// What the client gets.
+        status: StatusCode,
+        /// What the client is told.
+        detail: &'static str,
+    },
+}
+
+impl Kind {
+    /// The last part of the problem type, `urn:sidegate:problem:<slug>`; also the metric label and the
+    /// log field `error`.
+    #[must_use]
+    pub const fn slug(self) -> &'static str {
+        match self {
+            Self::BadRequest(_) => "bad-request",
+            Self::UriTooLong => "uri-too-long",
+            Self::HeadersTooLarge => "headers-too-large",
+            Self::LoopDetected => "loop-detected",
+            Self::NoRoute => "no-route",
+            Self::BodyTooLarge => "body-too-large",
+            Self::ClientTimeout => "client-timeout",
+            Self::ClientReset => "client-reset",
+            Self::ConnectFailed => "connect-failed",
+            Self::UpstreamReset => "upstream-reset",
+            Self::UpstreamTimeout => "upstream-timeout",
+            Self::DeadlineExceeded => "deadline-exceeded",
+            Self::Internal => "internal",
+            Self::Custom { slug, .. } => slug,
+        }
+    }
+
+    /// The status of the response.
+    #[must_use]
+    pub const fn status(self) -> StatusCode {
+        match self {
+            Self::BadRequest(_) | Self::ClientReset => StatusCode::BAD_REQUEST,
+            Self::UriTooLong => StatusCode::URI_TOO_LONG,
+            Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::LoopDetected => StatusCode::LOOP_DETECTED,
+            Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
+            Self::ConnectFailed | Self::UpstreamReset => StatusCode::BAD_GATEWAY,
+            Self::UpstreamTimeout | Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Custom { status, .. } => status,
+        }
+    }
+
+    /// What the client is told: one sentence without a cause, an address or a value.
+    #[must_use]
+    pub const fn detail(self) -> &'static str {
+        match self {
+            Self::BadRequest(detail) | Self::Custom { detail, .. } => detail,
+            Self::UriTooLong => "the request target is too long",
+            Self::HeadersTooLarge => "the request has too many or too large header fields",
+            Self::LoopDetected => "the request came through this proxy before",
+            Self::NoRoute => "no route matches the request",
+            Self::BodyTooLarge => "the request body is too large",
+            Self::ClientTimeout => "the request body did not arrive in time",
+            Self::ClientReset => "the request body broke off",
+            Self::ConnectFailed => "the upstream could not be reached",
+            Self::UpstreamReset => "the upstream broke off or did not speak HTTP",
+            Self::UpstreamTimeout => "the upstream did not answer in time",
+            Self::DeadlineExceeded => "the request took too long",
+            Self::Internal => "the proxy failed",
+        }
+    }
+
+    /// Who caused it.
+    #[must_use]
+    pub const fn fault(self) -> Fault {
+        match self {
+            Self::BadRequest(_)
+            | Self::UriTooLong
+            | Self::HeadersTooLarge
+            | Self::LoopDetected
+            | Self::NoRoute
+            | Self::BodyTooLarge
+            | Self::ClientTimeout
+            | Self::ClientReset => Fault::Client,
+            Self::ConnectFailed | Self::UpstreamReset | Self::UpstreamTimeout | Self::DeadlineExceeded => {
+                Fault::Upstream
+            }
+            Self::Internal => Fault::Sidegate,
+            Self::Custom { status, .. } => {
+                if status.as_u16() < 500 {
+                    Fault::Client
+                } else {
+                    Fault::Sidegate
+                }
+            }
+        }
+    }
+
+    /// Whether the client's HTTP/1 connection must not carry another request: its framing is in doubt, or
+    /// the rest of its body would have to be read first.
+    #[must_use]
+    pub const fn closes_connection(self) -> bool {
+        matches!(
+            self,
+            Self::BadRequest(_)
+                | Self::UriTooLong
+                | Self::HeadersTooLarge
+                | Self::BodyTooLarge
+                | Self::ClientTimeout
+                | Self::ClientReset
+        )
+    }
+
+    /// Whether it is certain that the upstream never saw the request.
+    #[must_use]
+    pub const fn unsent(self) -> bool {
+        !matches!(
+            self,
+            Self::UpstreamReset
+                | Self::UpstreamTimeout
+                | Self::DeadlineExceeded
+                | Self::BodyTooLarge
+                | Self::ClientTimeout
+                | Self::ClientReset
+                | Self::Internal
+        )
+    }
+
+    /// The token of `Proxy-Status` (RFC 9209 §2.3).
+    #[must_use]
+    pub const fn proxy_status(self) -> &'static str {
+        match self {
+            Self::BadRequest(_)
+            | Self::UriTooLong
+            | Self::HeadersTooLarge
+            | Self::BodyTooLarge
+            | Self::ClientTimeout
+            | Self::ClientReset
+            | Self::Custom { .. } => "http_request_error",
+            Self::LoopDetected => "proxy_loop_detected",
+            Self::NoRoute => "destination_not_found",
+            Self::ConnectFailed => "destination_unavailable",
+            Self::UpstreamReset => "http_response_incomplete",
+            Self::UpstreamTimeout | Self::DeadlineExceeded => "http_response_timeout",
+            Self::Internal => "proxy_internal_error",
+        }
+    }
+
+    /// The code of `grpc-status` (gRPC's `statuscodes.md`).
+    #[must_use]
+    pub const fn grpc_status(self) -> u8 {
+        match self {
+            Self::BadRequest(_) | Self::UriTooLong | Self::HeadersTooLarge | Self::LoopDetected => 13, // INTERNAL, as the gRPC mapping of HTTP 400
+            Self::NoRoute => 12,                                                                       // UNIMPLEMENTED
+            Self::BodyTooLarge => 8,                             // RESOURCE_EXHAUSTED
+            Self::ClientTimeout | Self::ClientReset => 1,        // CANCELLED
+            Self::ConnectFailed | Self::UpstreamReset => 14,     // UNAVAILABLE
+            Self::UpstreamTimeout | Self::DeadlineExceeded => 4, // DEADLINE_EXCEEDED
+            Self::Internal => 13,                                // INTERNAL
+            Self::Custom { .. } => 2,                            // UNKNOWN
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_error_is_found_in_any_wrapping() {
+        let inner: BoxError = Error::from(Kind::BodyTooLarge).into();
+        let outer = Error::new(Kind::UpstreamReset, inner);
+        assert_eq!(Error::find(&outer).map(Error::kind), Some(Kind::UpstreamReset), "the outermost counts");
+        let io = std::io::Error::other(Error::from(Kind::BodyTooLarge));
+        assert_eq!(Error::find(&io).map(Error::kind), Some(Kind::BodyTooLarge));
+        assert!(Error::find(&std::io::Error::other("other")).is_none());
+    }
+}

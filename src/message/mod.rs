@@ -1,0 +1,23 @@
+//! The nouns that everything above speaks in: a body, an error, the facts of a connection and the
+//! names of headers. Floor 0: it imports nothing of this crate.
+
+mod body;
+mod connection;
+mod error;
+pub mod headers;
+
+use tower::util::BoxCloneSyncService;
+
+pub use self::{
+    body::Body,
+    connection::{Connection, Peer},
+    error::{BoxError, Error, Fault, Kind},
+};
+
+/// A request on its way through the layers.
+pub type Request = http::Request<Body>;
+/// A response on its way back.
+pub type Response = http::Response<Body>;
+/// A service behind one of the three joints at which types are erased: front/route, route/upstream
+/// and attempt/endpoint.
+pub type HttpService = BoxCloneSyncService<Request, Response, BoxError>;

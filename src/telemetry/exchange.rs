@@ -1,0 +1,68 @@
+//! The record of one exchange: a request and what came of it.
+
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::metrics::RouteMetrics;
+
+/// What the layers learn about one request while it passes, for the log line and the samples at its end.
+///
+/// Request extension. Written by `layers::hygiene` (client address), `route` (route), `upstream::client`
+/// (upstream, endpoint), `layers::errors` and the bodies that cut a stream (what ended it); read by
+/// `layers::access_log` when the exchange is over, however it ended, and by `layers::errors`.
+#[derive(Debug, Clone)]
+pub struct Exchange(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    facts: Mutex<Facts>,
+}
+
+/// The facts themselves. All are absent until a layer writes them.
+#[derive(Debug, Default)]
+pub struct Facts {
+    /// The client's address, found through trusted proxies.
+    pub client_ip: Option<IpAddr>,
+    /// The route that matched, with its samples.
+    pub route: Option<Arc<RouteMetrics>>,
+    /// The upstream that the route names.
+    pub upstream: Option<Arc<str>>,
+    /// The endpoint that was asked last.
+    pub endpoint: Option<Arc<str>>,
+    /// The slug of the error that sidegate answered with, or that cut the response off.
+    pub error: Option<&'static str>,
+    /// The cause behind `error`, for the log alone. Never a header value or a body.
+    pub cause: Option<String>,
+    /// From the start to the response's head.
+    pub first_byte: Option<Duration>,
+}
+
+impl Exchange {
+    /// A new record, begun at `started`.
+    #[must_use]
+    pub fn new(started: Instant) -> Self {
+        Self(Arc::new(Shared { started, facts: Mutex::default() }))
+    }
+
+    /// The record of `request`; `None` where no access log layer stands outside.
+    pub fn of<B>(request: &http::Request<B>) -> Option<&Self> {
+        request.extensions().get()
+    }
+
+    /// When the request arrived.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.0.started
+    }
+
+    /// The facts, to read or to write. Held for a few instructions, never over an `.await`.
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.0.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,309 @@
+//! Names, labels and samples, in Prometheus' and OpenMetrics' text form.
+//!
+//! Every label takes its values from the configuration or from a fixed list, so the number of series is
+//! known at load and no request can add one. A request finds its series by a pointer that its route holds,
+//! not by hashing labels.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use http::StatusCode;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+/// `Content-Type` of [`Metrics::encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Upper bounds of the duration buckets, in seconds: from a cached answer to a long completion.
+const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0];
+
+/// All samples of the process. Cheap to clone; survives reloads.
+#[derive(Debug, Clone)]
+pub struct Metrics(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    registry: Mutex<Registry>,
+    routes: Mutex<HashMap<Box<str>, Arc<RouteMetrics>>>,
+    families: Families,
+    process: Process,
+}
+
+#[derive(Debug)]
+struct Families {
+    requests: Family<RouteClass, Counter>,
+    aborted: Family<RouteBy, Counter>,
+    errors: Family<Slug, Counter>,
+    duration: Seconds,
+    first_byte: Seconds,
+    received: Family<Route, Counter>,
+    sent: Family<Route, Counter>,
+    in_flight: Family<Route, Gauge>,
+    attempts: Family<Attempt, Counter>,
+}
+
+type Seconds = Family<Route, Histogram, fn() -> Histogram>;
+
+/// Samples of the server as a whole.
+#[derive(Debug, Clone, Default)]
+pub struct Process {
+    /// Client connections that are open.
+    pub connections: Gauge,
+    /// Client connections accepted.
+    pub accepted: Counter,
+    /// Connections that could not be accepted, most often for want of file descriptors.
+    pub accept_errors: Counter,
+    /// Reloads that took effect.
+    pub reloads: Counter,
+    /// Reloads that were refused and changed nothing.
+    pub reloads_refused: Counter,
+    /// Log lines lost because the log's reader was too slow.
+    pub log_lines_dropped: Counter,
+}
+
+/// What ended an exchange before its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AbortedBy {
+    /// The client left.
+    Client,
+    /// The upstream broke off.
+    Upstream,
+    /// A timeout cut it.
+    Timeout,
+    /// Sidegate: a bug, or a drain whose time was up.
+    Sidegate,
+}
+
+impl AbortedBy {
+    const ALL: [Self; 4] = [Self::Client, Self::Upstream, Self::Timeout, Self::Sidegate];
+
+    /// The label and the log field.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::Upstream => "upstream",
+            Self::Timeout => "timeout",
+            Self::Sidegate => "sidegate",
+        }
+    }
+}
+
+/// Samples of one route, found once at load.
+#[derive(Debug)]
+pub struct RouteMetrics {
+    name: Arc<str>,
+    requests: [Counter; 6],
+    aborted: [Counter; 4],
+    duration: Histogram,
+    first_byte: Histogram,
+    /// Bytes of request bodies.
+    pub received: Counter,
+    /// Bytes of response bodies.
+    pub sent: Counter,
+    /// Requests that have not ended.
+    pub in_flight: Gauge,
+}
+
+impl RouteMetrics {
+    /// The route's name, the label.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Counts an exchange that is over. `status` is `None` where the client left before there was one.
+    pub fn finished(&self, status: Option<StatusCode>, took: Duration, first_byte: Option<Duration>) {
+        self.requests[class(status)].inc();
+        self.duration.observe(took.as_secs_f64());
+        if let Some(first_byte) = first_byte {
+            self.first_byte.observe(first_byte.as_secs_f64());
+        }
+    }
+
+    /// Counts an exchange that did not reach its end.
+    pub fn aborted(&self, by: AbortedBy) {
+        self.aborted[by as usize].inc();
+    }
+}
+
+/// Samples of one endpoint of an upstream, found once at load.
+#[derive(Debug, Clone)]
+pub struct EndpointMetrics {
+    /// Attempts that brought a response head.
+    pub answered: Counter,
+    /// Attempts that failed.
+    pub failed: Counter,
+    /// Attempts whose client left first.
+    pub cancelled: Counter,
+    /// Connections opened.
+    pub connected: Counter,
+}
+
+impl Metrics {
+    /// An empty set.
+    #[must_use]
+    pub fn new() -> Self {
+        let histogram: fn() -> Histogram = || Histogram::new(SECONDS);
+        let families = Families {
+            duration: Family::new_with_constructor(histogram),
+            first_byte: Family::new_with_constructor(histogram),
+            requests: Family::default(),
+            aborted: Family::default(),
+            errors: Family::default(),
+            received: Family::default(),
+            sent: Family::default(),
+            in_flight: Family::default(),
+            attempts: Family::default(),
+        };
+        let process = Process::default();
+        let mut all = Registry::with_prefix("sidegate");
+        let f = &families;
+        all.register("requests", "Requests that are over, by class of status", f.requests.clone());
+        all.register("aborted", "Requests that did not reach their end, by who ended them", f.aborted.clone());
+        all.register("errors", "Responses that sidegate made itself, by slug", f.errors.clone());
+        let seconds = Unit::Seconds;
+        all.register_with_unit("duration", "From a request's head to its end", seconds, f.duration.clone());
+        let seconds = Unit::Seconds;
+        all.register_with_unit("first_byte", "From a request's head to its response's", seconds, f.first_byte.clone());
+        all.register_with_unit("received", "Bytes of request bodies", Unit::Bytes, f.received.clone());
+        all.register_with_unit("sent", "Bytes of response bodies", Unit::Bytes, f.sent.clone());
+        all.register("in_flight", "Requests that have not ended", f.in_flight.clone());
+        all.register("upstream_attempts", "Requests sent to an endpoint, by outcome", f.attempts.clone());
+        let p = &process;
+        all.register("connections", "Client connections that are open", p.connections.clone());
+        all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
+        all.register("accept_errors", "Client connections that could not be accepted", p.accept_errors.clone());
+        all.register("reloads", "Reloads that took effect", p.reloads.clone());
+        all.register("reloads_refused", "Reloads that were refused", p.reloads_refused.clone());
+        all.register("log_lines_dropped", "Log lines lost to a slow reader", p.log_lines_dropped.clone());
+        Self(Arc::new(Shared { registry: Mutex::new(all), routes: Mutex::default(), families, process }))
+    }
+
+    /// The samples of the server as a whole.
+    #[must_use]
+    pub fn process(&self) -> &Process {
+        &self.0.process
+    }
+
+    /// The samples of the route `name`: the same ones for the same name, over reloads.
+    pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
+        let mut routes = self.0.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = routes.get(name) {
+            return known.clone();
+        }
+        let f = &self.0.families;
+        let route = Route { route: name.to_owned() };
+        let made = Arc::new(RouteMetrics {
+            name: name.into(),
+            requests: CLASSES.map(|status_class| {
+                f.requests.get_or_create(&RouteClass { route: name.to_owned(), status_class }).clone()
+            }),
+            aborted: AbortedBy::ALL
+                .map(|by| f.aborted.get_or_create(&RouteBy { route: name.to_owned(), by: by.as_str() }).clone()),
+            duration: f.duration.get_or_create(&route).clone(),
+            first_byte: f.first_byte.get_or_create(&route).clone(),
+            received: f.received.get_or_create(&route).clone(),
+            sent: f.sent.get_or_create(&route).clone(),
+            in_flight: f.in_flight.get_or_create(&route).clone(),
+        });
+        routes.insert(name.into(), made.clone());
+        made
+    }
+
+    /// The samples of an endpoint.
+    #[must_use]
+    pub fn endpoint(&self, upstream: &str, endpoint: &str) -> EndpointMetrics {
+        let counter = |outcome| {
+            let labels = Attempt { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), outcome };
+            self.0.families.attempts.get_or_create(&labels).clone()
+        };
+        EndpointMetrics {
+            answered: counter("answered"),
+            failed: counter("failed"),
+            cancelled: counter("cancelled"),
+            connected: counter("connected"),
+        }
+    }
+
+    /// Counts a response that sidegate made itself. `slug` comes from `message::Kind`, a closed list.
+    pub fn error(&self, slug: &'static str) {
+        self.0.families.errors.get_or_create(&Slug { slug }).inc();
+    }
+
+    /// The text that `GET /metrics` answers.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        let registry = self.0.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        encode(&mut text, &registry).expect("a String takes every write");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+const CLASSES: [&str; 6] = ["1xx", "2xx", "3xx", "4xx", "5xx", "none"];
+
+fn class(status: Option<StatusCode>) -> usize {
+    match status.map(|status| status.as_u16() / 100) {
+        Some(hundreds @ 1..=5) => usize::from(hundreds) - 1,
+        Some(_) | None => CLASSES.len() - 1,
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Route {
+    route: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteClass {
+    route: String,
+    status_class: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteBy {
+    route: String,
+    by: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Slug {
+    slug: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Attempt {
+    upstream: String,
+    endpoint: String,
+    outcome: &'static str,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_keeps_its_samples_over_a_reload() {
+        let metrics = Metrics::new();
+        metrics.route("chat").finished(Some(StatusCode::OK), Duration::from_millis(3), None);
+        metrics.route("chat").finished(None, Duration::from_millis(3), None);
+        let text = metrics.encode();
+        assert!(text.contains(r#"sidegate_requests_total{route="chat",status_class="2xx"} 1"#), "{text}");
+        assert!(text.contains(r#"sidegate_requests_total{route="chat",status_class="none"} 1"#), "{text}");
+        assert!(text.contains(r#"sidegate_duration_seconds_bucket{le="0.005",route="chat"} 2"#), "{text}");
+        assert!(text.ends_with("# EOF\n"));
+    }
+}
