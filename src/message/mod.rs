@@ -2,16 +2,16 @@
 //! names of headers. Floor 0: it imports nothing of this crate.
 
 mod body;
-mod connection;
 mod error;
+mod ext;
 pub mod headers;
 
 use tower::util::BoxCloneSyncService;
 
 pub use self::{
     body::Body,
-    connection::{Connection, Peer},
     error::{BoxError, Error, Fault, Kind},
+    ext::{Connection, Peer, RequestId, TunnelIdle},
 };
 
 /// A request on its way through the layers.

@@ -1,9 +1,11 @@
-//! What the server knows of the connection that a request came over.
+//! Typed request extensions: what one layer finds out and others, which do not import it, need.
 
 use std::{
+    any::Any,
     fmt,
     net::{IpAddr, SocketAddr},
     sync::Arc,
+    time::Duration,
 };
 
 use http::HeaderValue;
@@ -56,17 +58,29 @@ struct Facts {
     peer: Peer,
     tls: bool,
     forwarded_for: HeaderValue,
+    _held: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl Connection {
     /// The facts of a connection from `peer`, encrypted or not.
     #[must_use]
     pub fn new(peer: Peer, tls: bool) -> Self {
+        Self::make(peer, tls, None)
+    }
+
+    /// The same, with something that is dropped with the last request or tunnel of the connection: the
+    /// place that it takes under the connection limit, and in the count that a drain waits for.
+    #[must_use]
+    pub fn holding(peer: Peer, tls: bool, held: Box<dyn Any + Send + Sync>) -> Self {
+        Self::make(peer, tls, Some(held))
+    }
+
+    fn make(peer: Peer, tls: bool, held: Option<Box<dyn Any + Send + Sync>>) -> Self {
         let forwarded_for = match peer.ip() {
             Some(ip) => HeaderValue::try_from(ip.to_string()).expect("an address is visible ASCII"),
             None => HeaderValue::from_static("unknown"),
         };
-        Self(Arc::new(Facts { peer, tls, forwarded_for }))
+        Self(Arc::new(Facts { peer, tls, forwarded_for, _held: held }))
     }
 
     /// Who is at the other end.
@@ -88,3 +102,16 @@ impl Connection {
         &self.0.forwarded_for
     }
 }
+
+/// The correlation id of a request, as the client will get it back.
+///
+/// Request extension. Written by `layers::request_id`; read by `layers::access_log` and `layers::errors`.
+#[derive(Debug, Clone)]
+pub struct RequestId(pub HeaderValue);
+
+/// How long a tunnel (an upgraded connection) may be silent in both directions.
+///
+/// Request extension. Written by `layers::timeouts` on requests that ask for an upgrade; read by
+/// `upstream::client`, which carries the tunnel.
+#[derive(Debug, Clone, Copy)]
+pub struct TunnelIdle(pub Duration);
