@@ -1,0 +1,10 @@
+//! Loading, units and problems of the configuration. Floor 1: it knows no policy; the struct of the whole
+//! file stands in `settings`.
+
+pub mod problem;
+pub mod units;
+
+pub use self::{
+    problem::{Check, Problem, Problems},
+    units::{ByteSize, HumanDuration, OneOrMany, Secret, Toggle},
+};
