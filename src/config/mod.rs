@@ -1,6 +1,7 @@
 //! Loading, units and problems of the configuration. Floor 1: it knows no policy; the struct of the whole
 //! file stands in `settings`.
 
+pub mod fields;
 pub mod problem;
 pub mod units;
 

@@ -267,15 +267,24 @@ impl Kind {
     /// The code of `grpc-status` (gRPC's `statuscodes.md`).
     #[must_use]
     pub const fn grpc_status(self) -> u8 {
+        const CANCELLED: u8 = 1;
+        const UNKNOWN: u8 = 2;
+        const DEADLINE_EXCEEDED: u8 = 4;
+        const RESOURCE_EXHAUSTED: u8 = 8;
+        const UNIMPLEMENTED: u8 = 12;
+        const INTERNAL: u8 = 13;
+        const UNAVAILABLE: u8 = 14;
         match self {
-            Self::BadRequest(_) | Self::UriTooLong | Self::HeadersTooLarge | Self::LoopDetected => 13, // INTERNAL, as the gRPC mapping of HTTP 400
-            Self::NoRoute => 12,                                                                       // UNIMPLEMENTED
-            Self::BodyTooLarge => 8,                             // RESOURCE_EXHAUSTED
-            Self::ClientTimeout | Self::ClientReset => 1,        // CANCELLED
-            Self::ConnectFailed | Self::UpstreamReset => 14,     // UNAVAILABLE
-            Self::UpstreamTimeout | Self::DeadlineExceeded => 4, // DEADLINE_EXCEEDED
-            Self::Internal => 13,                                // INTERNAL
-            Self::Custom { .. } => 2,                            // UNKNOWN
+            // INTERNAL is what gRPC makes of HTTP 400.
+            Self::BadRequest(_) | Self::UriTooLong | Self::HeadersTooLarge | Self::LoopDetected | Self::Internal => {
+                INTERNAL
+            }
+            Self::NoRoute => UNIMPLEMENTED,
+            Self::BodyTooLarge => RESOURCE_EXHAUSTED,
+            Self::ClientTimeout | Self::ClientReset => CANCELLED,
+            Self::ConnectFailed | Self::UpstreamReset => UNAVAILABLE,
+            Self::UpstreamTimeout | Self::DeadlineExceeded => DEADLINE_EXCEEDED,
+            Self::Custom { .. } => UNKNOWN,
         }
     }
 }

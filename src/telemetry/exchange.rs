@@ -1,8 +1,9 @@
 //! The record of one exchange: a request and what came of it.
 
 use std::{
+    any::Any,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -21,6 +22,8 @@ pub struct Exchange(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     started: Instant,
+    received: AtomicU64,
+    sent: AtomicU64,
     facts: Mutex<Facts>,
 }
 
@@ -29,6 +32,8 @@ struct Shared {
 pub struct Facts {
     /// The client's address, found through trusted proxies.
     pub client_ip: Option<IpAddr>,
+    /// Whether the client speaks to us, or to a trusted proxy before us, over TLS.
+    pub https: bool,
     /// The route that matched, with its samples.
     pub route: Option<Arc<RouteMetrics>>,
     /// The upstream that the route names.
@@ -41,13 +46,22 @@ pub struct Facts {
     pub cause: Option<String>,
     /// From the start to the response's head.
     pub first_byte: Option<Duration>,
+    /// Present when the exchange goes on as a tunnel after its head. Made by `upstream::client`, which
+    /// empties it when the tunnel ends; `layers::access_log` puts its entry in, so that the line is written
+    /// then.
+    pub tunnel: Option<Box<dyn Any + Send>>,
 }
 
 impl Exchange {
     /// A new record, begun at `started`.
     #[must_use]
     pub fn new(started: Instant) -> Self {
-        Self(Arc::new(Shared { started, facts: Mutex::default() }))
+        Self(Arc::new(Shared {
+            started,
+            received: AtomicU64::new(0),
+            sent: AtomicU64::new(0),
+            facts: Mutex::default(),
+        }))
     }
 
     /// The record of `request`; `None` where no access log layer stands outside.
@@ -59,6 +73,18 @@ impl Exchange {
     #[must_use]
     pub fn started(&self) -> Instant {
         self.0.started
+    }
+
+    /// Bytes of the request's body, or of the tunnel from the client, so far.
+    #[must_use]
+    pub fn received(&self) -> &AtomicU64 {
+        &self.0.received
+    }
+
+    /// Bytes of the response's body, or of the tunnel towards the client, so far.
+    #[must_use]
+    pub fn sent(&self) -> &AtomicU64 {
+        &self.0.sent
     }
 
     /// The facts, to read or to write. Held for a few instructions, never over an `.await`.

@@ -308,6 +308,7 @@ where
 }
 
 /// The time now, as log lines carry it: RFC 3339, UTC, milliseconds.
+#[must_use]
 pub fn timestamp() -> impl fmt::Display {
     humantime::format_rfc3339_millis(SystemTime::now())
 }

@@ -1,0 +1,103 @@
+//! Names and values of header fields in the configuration.
+
+use std::{borrow::Cow, cmp::Ordering};
+
+use http::{HeaderName, HeaderValue};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, de::Error};
+
+/// The name of a header field (RFC 9110 §5.1), in any case.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct FieldName(HeaderName);
+
+/// The value of a header field (RFC 9110 §5.5): visible characters, spaces and tabs.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct FieldValue(HeaderValue);
+
+impl FieldName {
+    /// The name.
+    #[must_use]
+    pub fn get(&self) -> &HeaderName {
+        &self.0
+    }
+}
+
+impl FieldValue {
+    /// The value.
+    #[must_use]
+    pub fn get(&self) -> &HeaderValue {
+        &self.0
+    }
+}
+
+impl Ord for FieldName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.0.as_str().cmp(other.0.as_str())
+    }
+}
+
+impl PartialOrd for FieldName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl From<HeaderName> for FieldName {
+    fn from(name: HeaderName) -> Self {
+        Self(name)
+    }
+}
+
+impl From<HeaderValue> for FieldValue {
+    fn from(value: HeaderValue) -> Self {
+        Self(value)
+    }
+}
+
+impl<'de> Deserialize<'de> for FieldName {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let wrong = |_| D::Error::custom(format!("`{text}` is no header name: letters, digits and -_.~ only"));
+        HeaderName::from_bytes(text.as_bytes()).map(Self).map_err(wrong)
+    }
+}
+
+impl<'de> Deserialize<'de> for FieldValue {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = match Text::deserialize(from)? {
+            Text::Text(text) => text,
+            Text::Number(number) => number.to_string(),
+        };
+        // The text stays out of the message: values may be secret.
+        let wrong = |_| D::Error::custom("is no header value: no line breaks or control characters");
+        HeaderValue::from_str(&text).map(Self).map_err(wrong)
+    }
+}
+
+/// YAML makes numbers of values like `0`, which are as good as text here.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "a header value: text or a whole number")]
+enum Text {
+    Text(String),
+    Number(i64),
+}
+
+impl JsonSchema for FieldName {
+    fn schema_name() -> Cow<'static, str> {
+        "FieldName".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "description": "The name of a header field.", "pattern": "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$" })
+    }
+}
+
+impl JsonSchema for FieldValue {
+    fn schema_name() -> Cow<'static, str> {
+        "FieldValue".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": ["string", "integer"], "description": "The value of a header field." })
+    }
+}

@@ -1,0 +1,234 @@
+//! Deadline: row 15 of the request path, `timeouts.total`.
+//!
+//! From the request's head to the response's end, and never over a stream unless asked: a response that is
+//! an event stream, or whose length is not known, is done with the deadline once its head is there.
+//!
+//! ```
+//! use std::time::Duration;
+//! use http::{Request, Response};
+//! use sidegate::{layers::deadline::DeadlineLayer, message::{Body, Error, Kind}};
+//! use tower::{ServiceBuilder, ServiceExt, service_fn};
+//!
+//! # tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(async {
+//! let service = ServiceBuilder::new()
+//!     .layer(DeadlineLayer::new(Duration::from_secs(10)))
+//!     .service(service_fn(|_: Request<()>| std::future::pending::<Result<Response<Body>, std::io::Error>>()));
+//! let error = service.oneshot(Request::new(())).await.unwrap_err();
+//! assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::DeadlineExceeded));
+//! # });
+//! ```
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Request, Response, header::CONTENT_TYPE};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tower::{Layer, Service};
+
+use crate::message::{Body, BoxError, Error, Kind};
+
+/// Gives an exchange `total`, streams excepted.
+///
+/// # Errors
+/// [`Kind::DeadlineExceeded`], 504; within a response its body fails with it.
+#[derive(Debug, Clone, Copy)]
+pub struct DeadlineLayer {
+    total: Duration,
+    streams: bool,
+}
+
+impl DeadlineLayer {
+    /// A layer that gives each exchange `total`.
+    #[must_use]
+    pub const fn new(total: Duration) -> Self {
+        Self { total, streams: false }
+    }
+
+    /// Whether streams are cut too.
+    #[must_use]
+    pub const fn with_streams(mut self, streams: bool) -> Self {
+        self.streams = streams;
+        self
+    }
+}
+
+impl<S> Layer<S> for DeadlineLayer {
+    type Service = Deadline<S>;
+
+    fn layer(&self, inner: S) -> Deadline<S> {
+        Deadline { inner, settings: *self }
+    }
+}
+
+/// The service of [`DeadlineLayer`].
+#[derive(Debug, Clone)]
+pub struct Deadline<S> {
+    inner: S,
+    settings: DeadlineLayer,
+}
+
+impl<S, ReqBody, ResBody> Service<Request<ReqBody>> for Deadline<S>
+where
+    S: Service<Request<ReqBody>, Response = Response<ResBody>, Error: Into<BoxError>>,
+    ResBody: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+{
+    type Response = Response<Body>;
+    type Error = BoxError;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+        let deadline = Instant::now() + self.settings.total;
+        ResponseFuture {
+            inner: self.inner.call(request),
+            sleep: sleep_until(deadline),
+            deadline,
+            streams: self.settings.streams,
+        }
+    }
+}
+
+pin_project! {
+    /// The response of [`Deadline`].
+    pub struct ResponseFuture<F> {
+        #[pin]
+        inner: F,
+        #[pin]
+        sleep: Sleep,
+        deadline: Instant,
+        streams: bool,
+    }
+}
+
+impl<F, B, E> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    E: Into<BoxError>,
+{
+    type Output = Result<Response<Body>, BoxError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(result) = this.inner.poll(cx) {
+            let response = result.map_err(Into::into)?;
+            let bound = *this.streams || !is_stream(&response);
+            return Poll::Ready(Ok(response.map(|body| {
+                if bound && !body.is_end_stream() {
+                    Body::new(ResponseBody { body, sleep: sleep_until(*this.deadline) })
+                } else {
+                    Body::new(body)
+                }
+            })));
+        }
+        ready!(this.sleep.poll(cx));
+        Poll::Ready(Err(Error::from(Kind::DeadlineExceeded).into()))
+    }
+}
+
+fn is_stream<B: HttpBody>(response: &Response<B>) -> bool {
+    let events = |value: &http::HeaderValue| value.as_bytes().starts_with(b"text/event-stream");
+    response.headers().get(CONTENT_TYPE).is_some_and(events) || response.body().size_hint().exact().is_none()
+}
+
+pin_project! {
+    /// A response body that fails at its deadline.
+    struct ResponseBody<B> {
+        #[pin]
+        body: B,
+        #[pin]
+        sleep: Sleep,
+    }
+}
+
+impl<B> HttpBody for ResponseBody<B>
+where
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.project();
+        // The clock first: a body that always has a frame ready must not outrun it.
+        if this.sleep.poll(cx).is_ready() {
+            return Poll::Ready(Some(Err(Error::from(Kind::DeadlineExceeded).into())));
+        }
+        this.body.poll_frame(cx).map_err(Into::into)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+    use http_body_util::{BodyExt, StreamBody};
+    use tower::{ServiceExt, service_fn};
+
+    use super::*;
+
+    /// How the body of an answer of this kind ends under a deadline of 10 s, and after how long.
+    async fn end(streams: bool, event_stream: bool) -> (Option<Kind>, u64) {
+        let backend = service_fn(move |_: Request<()>| async move {
+            let late = stream::once(async {
+                tokio::time::sleep(Duration::from_secs(60)).await;
+                Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"0123456789")))
+            });
+            let mut response = Response::new(Sized(Box::pin(StreamBody::new(late)), event_stream));
+            if event_stream {
+                response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/event-stream"));
+            }
+            Ok::<_, Infallible>(response)
+        });
+        let layer = DeadlineLayer::new(Duration::from_secs(10)).with_streams(streams);
+        let begun = Instant::now();
+        let response = layer.layer(backend).oneshot(Request::new(())).await.unwrap();
+        let result = response.into_body().collect().await;
+        let kind = result.err().and_then(|error| Error::find(&*error).map(Error::kind));
+        (kind, begun.elapsed().as_secs())
+    }
+
+    /// A body that says how long it is, unless it is a stream.
+    struct Sized<B>(Pin<Box<B>>, bool);
+
+    impl<B: HttpBody> HttpBody for Sized<B> {
+        type Data = B::Data;
+        type Error = B::Error;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+            self.0.as_mut().poll_frame(cx)
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            if self.1 { SizeHint::default() } else { SizeHint::with_exact(10) }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_body_is_cut_and_a_stream_is_not() {
+        assert_eq!(end(false, false).await, (Some(Kind::DeadlineExceeded), 10));
+        assert_eq!(end(false, true).await, (None, 60));
+        assert_eq!(end(true, true).await, (Some(Kind::DeadlineExceeded), 10), "where it was asked for");
+    }
+}

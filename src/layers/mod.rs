@@ -1,0 +1,22 @@
+//! The policies, one module each, in the order of the request path.
+//!
+//! A module imports from floors below and never another policy. What two of them share travels as a typed
+//! request extension:
+//!
+//! | layer | writes | reads |
+//! |---|---|---|
+//! | [`request_id`] | `RequestId` | |
+//! | [`access_log`] | `Exchange` | `RequestId` |
+//! | [`security_headers`] | | `Exchange` (https) |
+//! | [`errors`] | `Exchange` (error, cause) | `RequestId`, `Exchange` |
+//! | [`body_limit`] | | |
+//! | [`deadline`] | | |
+//! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
+
+pub mod access_log;
+pub mod body_limit;
+pub mod deadline;
+pub mod errors;
+pub mod request_id;
+pub mod security_headers;
+pub mod timeouts;

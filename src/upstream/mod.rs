@@ -1,0 +1,11 @@
+//! Where requests go: the kinds of upstream, each a [`HttpService`](crate::message::HttpService) in the end.
+
+pub mod address;
+//pub mod client;
+//mod connect;
+//mod gather;
+//mod pool;
+pub mod respond;
+//mod tunnel;
+
+pub use self::address::Address;
