@@ -4,7 +4,9 @@
 mod body;
 mod error;
 mod ext;
+pub mod forwarded;
 pub mod headers;
+pub mod path;
 
 use tower::util::BoxCloneSyncService;
 
