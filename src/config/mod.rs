@@ -2,10 +2,12 @@
 //! file stands in `settings`.
 
 pub mod fields;
+pub mod load;
 pub mod problem;
 pub mod units;
 
 pub use self::{
+    load::{Sources, Tree},
     problem::{Check, Problem, Problems},
     units::{ByteSize, HumanDuration, OneOrMany, Secret, Toggle},
 };

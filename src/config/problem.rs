@@ -45,8 +45,11 @@ pub struct Problems {
 impl Problems {
     /// Adds the mistake `message` at `key`, which counts from the present place. An empty key is the place itself.
     pub fn add(&mut self, key: impl fmt::Display, message: impl Into<String>) {
-        let problem = Problem { key: self.key(&key), message: message.into(), origin: None };
-        // A section of `defaults` is looked at once for each route that takes it over.
+        self.push(Problem { key: self.key(&key), message: message.into(), origin: None });
+    }
+
+    /// Adds a mistake whose key counts from the top, once.
+    pub(super) fn push(&mut self, problem: Problem) {
         if !self.found.contains(&problem) {
             self.found.push(problem);
         }
@@ -79,7 +82,7 @@ impl Problems {
     }
 
     /// Says of each mistake whose value it is: `origin` knows that of a key.
-    pub(crate) fn set_origins(&mut self, origin: impl Fn(&str) -> Option<String>) {
+    pub(super) fn set_origins(&mut self, origin: impl Fn(&str) -> Option<String>) {
         for problem in &mut self.found {
             problem.origin = problem.origin.take().or_else(|| origin(&problem.key));
         }
@@ -92,6 +95,15 @@ impl Problems {
             (false, true) => self.place.clone(),
             (false, false) => format!("{}.{key}", self.place),
         }
+    }
+}
+
+impl IntoIterator for Problems {
+    type Item = Problem;
+    type IntoIter = std::vec::IntoIter<Problem>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.found.into_iter()
     }
 }
 
