@@ -243,7 +243,7 @@ impl Metrics {
         let mut text = String::new();
         let registry = self.0.registry.lock().unwrap_or_else(PoisonError::into_inner);
         // A `String` takes every write.
-        drop(encode(&mut text, &registry));
+        encode(&mut text, &registry).unwrap_or(());
         text
     }
 }

@@ -123,6 +123,7 @@ mod tests {
 
     use super::*;
 
+    #[expect(clippy::unnecessary_wraps, reason = "an item of the streams below")]
     fn data(text: &'static str) -> Result<Frame<Bytes>, &'static str> {
         Ok(Frame::data(Bytes::from_static(text.as_bytes())))
     }
@@ -179,7 +180,8 @@ mod tests {
     #[tokio::test]
     async fn no_more_is_gathered_than_the_bound() {
         let big = || Ok(Frame::data(Bytes::from(vec![0; MOST])));
-        let lengths: Vec<_> = frames(stream::iter([big(), big()])).await.into_iter().map(|f| f.unwrap().len()).collect();
+        let lengths: Vec<_> =
+            frames(stream::iter([big(), big()])).await.into_iter().map(|f| f.unwrap().len()).collect();
         assert_eq!(lengths, [MOST, MOST]);
     }
 }

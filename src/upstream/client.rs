@@ -1,0 +1,719 @@
+//! The client: row 21 of the request path. Sends a request to one endpoint and streams its response back.
+//!
+//! HTTP/1.1 connections are pooled, HTTP/2 multiplexes over one. Dropping the response's future or its body
+//! cancels the request upstream at once: the task of its HTTP/1.1 connection is aborted, its HTTP/2 stream
+//! is reset. A body that breaks off fails with [`Kind::UpstreamReset`], so that nobody downstream takes it
+//! for complete.
+//!
+//! A request that a pooled connection did not take is sent again on another: it was never on the wire. One
+//! that was written to a pooled connection that the upstream had meanwhile closed is sent once more if it is
+//! idempotent and has no body (RFC 9112 §9.3.1).
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
+    header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, UPGRADE},
+    uri::{Authority, PathAndQuery, Scheme},
+};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+    ext::Protocol as Extended,
+    upgrade::OnUpgrade,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use pin_project_lite::pin_project;
+use schemars::JsonSchema;
+use serde::{Deserialize, de};
+use tokio::{
+    sync::Mutex,
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+use tower::Service;
+
+use super::{
+    Address,
+    connect::{self, Connector},
+    gather::Gather,
+    pool::Pool,
+    tunnel,
+    upload::{Progress, Upload},
+};
+use crate::{
+    config::{HumanDuration, Toggle},
+    message::{Body, BoxError, Error, Kind, Request, TunnelIdle, headers::X_ACCEL_BUFFERING},
+    telemetry::{Exchange, Metrics, log::chain, metrics::EndpointMetrics},
+};
+
+/// How requests are sent to the endpoints of an upstream.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Config {
+    /// What is spoken.
+    pub protocol: Protocol,
+    /// What stands in `Host`.
+    pub host: Option<Host>,
+    /// Whom to trust.
+    pub tls: Tls,
+    /// What is kept open.
+    pub pool: PoolConfig,
+}
+
+/// The version of HTTP that is spoken to the endpoints. Key `protocol` of an upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// HTTP/1.1. The default.
+    #[default]
+    Http1,
+    /// HTTP/2: with prior knowledge over `http://`, by ALPN over `https://`. gRPC needs it.
+    Http2,
+}
+
+/// What stands in the `Host` field of a request that goes upstream. Key `host` of an upstream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Host {
+    /// What the client sent. The default for `http://` and `unix:`.
+    Preserve,
+    /// The endpoint's own name. The default for `https://`, whose servers go by it.
+    Endpoint,
+    /// This.
+    Literal(HeaderValue),
+}
+
+impl<'de> Deserialize<'de> for Host {
+    fn deserialize<D: de::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        Ok(match text.as_str() {
+            "preserve" => Self::Preserve,
+            "endpoint" => Self::Endpoint,
+            host => {
+                let wrong = || de::Error::custom(format!("`{host}` is no host: `preserve`, `endpoint` or HOST[:PORT]"));
+                let authority: Authority = host.parse().map_err(|_| wrong())?;
+                if authority.as_str().contains('@') {
+                    return Err(wrong());
+                }
+                Self::Literal(HeaderValue::from_str(host).map_err(|_| wrong())?)
+            }
+        })
+    }
+}
+
+impl JsonSchema for Host {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Host".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "type": "string",
+            "description": "`preserve`, `endpoint`, or a host to send.",
+        })
+    }
+}
+
+/// Whom `https://` endpoints are believed. Section `tls` of an upstream.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tls {
+    /// A PEM file with the certificates to trust. Default: the system's roots.
+    pub ca: Option<std::path::PathBuf>,
+}
+
+/// Which connections are kept open. Section `pool` of an upstream.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct PoolConfig {
+    /// How long an unused HTTP/1.1 connection is kept; `off` keeps none. Default `55s`. Where the upstream
+    /// closes its own sooner that is seen and borne, but a value below the upstream's is better.
+    pub idle: Toggle<HumanDuration>,
+    /// The most unused connections that are kept for an endpoint. Default 1024.
+    pub max_idle: u32,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { idle: Toggle::On(HumanDuration::from_secs(55)), max_idle: 1024 }
+    }
+}
+
+/// Sends requests to one endpoint. Cheap to clone; clones share the pool.
+#[derive(Clone)]
+pub struct Client {
+    endpoint: Arc<Endpoint>,
+    connect: Duration,
+}
+
+/// What the clones share.
+struct Endpoint {
+    upstream: Arc<str>,
+    name: Arc<str>,
+    protocol: Protocol,
+    scheme: Scheme,
+    host: Option<HeaderValue>,
+    connector: Connector,
+    pool: Arc<Pool<Sender>>,
+    shared: Mutex<Option<(http2::SendRequest<Body>, Task)>>,
+    metrics: EndpointMetrics,
+    _sweep: Task,
+}
+
+/// The sending side of an HTTP/1.1 connection, with the task that moves its bytes.
+struct Sender {
+    send: http1::SendRequest<Body>,
+    _task: Task,
+}
+
+/// A task that ends when its owner is dropped.
+struct Task(JoinHandle<()>);
+
+impl Task {
+    #[expect(clippy::disallowed_methods, reason = "the handle that is made of it is the owner")]
+    fn spawn(future: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(future))
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Client {
+    /// A client of the endpoint at `address`, logged and counted as one of `upstream`'s. Nothing is opened
+    /// yet. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The certificates to trust cannot be had.
+    pub fn new(upstream: &str, address: &Address, config: &Config, metrics: &Metrics) -> Result<Self, BoxError> {
+        let alpn: &[u8] = match config.protocol {
+            Protocol::Http1 => b"http/1.1",
+            Protocol::Http2 => b"h2",
+        };
+        let tls = address.tls().then(|| connect::tls(config.tls.ca.as_deref(), alpn)).transpose()?;
+        let name = address.to_string();
+        let host = match (&config.host, address) {
+            (Some(Host::Literal(host)), _) => Some(host.clone()),
+            (Some(Host::Preserve), _) | (None, Address::Unix(_) | Address::Tcp { tls: false, .. }) => None,
+            (Some(Host::Endpoint), Address::Unix(_)) => Some(HeaderValue::from_static("localhost")),
+            (Some(Host::Endpoint) | None, Address::Tcp { authority, tls }) => {
+                let usual = authority.port_u16() == Some(if *tls { 443 } else { 80 });
+                let host = if usual { authority.host() } else { authority.as_str() };
+                Some(HeaderValue::from_str(host)?)
+            }
+        };
+        let keep = config.pool.idle.on().map_or(Duration::ZERO, HumanDuration::get);
+        let most = if keep.is_zero() { 0 } else { config.pool.max_idle as usize };
+        let pool = Arc::new(Pool::new(most, keep));
+        let sweep = Task::spawn(sweep(pool.clone(), keep));
+        let endpoint = Endpoint {
+            upstream: upstream.into(),
+            protocol: config.protocol,
+            scheme: if address.tls() { Scheme::HTTPS } else { Scheme::HTTP },
+            host,
+            connector: Connector::new(address, tls)?,
+            pool,
+            shared: Mutex::new(None),
+            metrics: metrics.endpoint(upstream, &name),
+            name: name.into(),
+            _sweep: sweep,
+        };
+        Ok(Self { endpoint: Arc::new(endpoint), connect: HumanDuration::from_secs(5).get() })
+    }
+
+    /// The same client, which gives up connecting after `connect`. Default 5 s.
+    #[must_use]
+    pub fn with_connect_timeout(mut self, connect: Duration) -> Self {
+        self.connect = connect;
+        self
+    }
+}
+
+/// Closes connections that nobody has used for `keep`.
+async fn sweep(pool: Arc<Pool<Sender>>, keep: Duration) {
+    if keep.is_zero() {
+        return;
+    }
+    loop {
+        sleep(keep.clamp(Duration::from_millis(100), Duration::from_secs(5))).await;
+        pool.expire();
+    }
+}
+
+impl Service<Request> for Client {
+    type Response = http::Response<ResponseBody>;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let client = self.clone();
+        Box::pin(async move {
+            let mut attempt = Attempt { metrics: &client.endpoint.metrics, over: false };
+            let result = client.send(request).await;
+            attempt.over = true;
+            match &result {
+                Ok(_) => attempt.metrics.answered.inc(),
+                Err(_) => attempt.metrics.failed.inc(),
+            };
+            result.map_err(Into::into)
+        })
+    }
+}
+
+/// Counts an attempt whose client left before it was over.
+struct Attempt<'a> {
+    metrics: &'a EndpointMetrics,
+    over: bool,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if !self.over {
+            self.metrics.cancelled.inc();
+        }
+    }
+}
+
+impl Client {
+    async fn send(&self, mut request: Request) -> Result<http::Response<ResponseBody>, Error> {
+        let endpoint = &*self.endpoint;
+        let exchange = Exchange::of(&request).cloned();
+        if let Some(exchange) = &exchange {
+            let mut facts = exchange.facts();
+            facts.upstream = Some(endpoint.upstream.clone());
+            facts.endpoint = Some(endpoint.name.clone());
+        }
+        let upgrade = Upgrade::of(&mut request, endpoint.protocol, exchange);
+        let progress = track(&mut request);
+        endpoint.address(&mut request)?;
+        let (mut response, lease) = match endpoint.protocol {
+            Protocol::Http1 => self.http1(request).await?,
+            Protocol::Http2 => self.http2(request).await?,
+        };
+        if let Some(progress) = &progress {
+            progress.want();
+        }
+        if is_event_stream(response.headers()) {
+            // Only an absent field: what the backend says to an nginx outside of us is its own business.
+            response.headers_mut().entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
+        }
+        if let Some(upgrade) = upgrade
+            && accepted(&response)
+        {
+            return Ok(upgrade.tunnel(response, lease));
+        }
+        Ok(response.map(|incoming| ResponseBody::new(incoming, lease, progress)))
+    }
+
+    async fn http1(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
+        let endpoint = &self.endpoint;
+        let mut spent = false;
+        loop {
+            let pooled = if spent { None } else { endpoint.pooled().await };
+            let reused = pooled.is_some();
+            let mut sender = match pooled {
+                Some(sender) => sender,
+                None => self.open().await?,
+            };
+            let again = (reused && may_repeat(&request)).then(|| copy(&request));
+            let error = match sender.send.try_send_request(request).await {
+                Ok(response) => return Ok((response, Lease::Http1(sender, endpoint.pool.clone()))),
+                Err(error) if !reused => return Err(broken(error.into_error())),
+                Err(error) => error,
+            };
+            let mut error = error;
+            request = match (error.take_message(), again) {
+                // It was never on the wire: any request may be sent again.
+                (Some(request), _) => request,
+                (None, Some(request)) if closed_before(error.error()) => {
+                    // Once: other pooled connections are as likely to be stale.
+                    spent = true;
+                    request
+                }
+                _ => return Err(broken(error.into_error())),
+            };
+        }
+    }
+
+    /// A new HTTP/1.1 connection.
+    async fn open(&self) -> Result<Sender, Error> {
+        let io = self.dial().await?;
+        let (mut send, connection) = http1::Builder::new()
+            .handshake(TokioIo::new(io))
+            .await
+            .map_err(|error| Error::new(Kind::ConnectFailed, error))?;
+        let name = self.endpoint.name.clone();
+        let task = Task::spawn(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(endpoint = %name, error = chain(&error), "upstream connection broke");
+            }
+        });
+        poll_fn(|cx| send.poll_ready(cx)).await.map_err(|error| Error::new(Kind::ConnectFailed, error))?;
+        Ok(Sender { send, _task: task })
+    }
+
+    async fn http2(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
+        let mut fresh = false;
+        loop {
+            let mut send = self.multiplexed(&mut fresh).await?;
+            let mut error = match send.try_send_request(request).await {
+                Ok(response) => return Ok((response, Lease::Http2 { _endpoint: self.endpoint.clone() })),
+                Err(error) => error,
+            };
+            request = match error.take_message() {
+                // The connection was going away. A new one is not excused.
+                Some(request) if !fresh => request,
+                _ => return Err(broken(error.into_error())),
+            };
+        }
+    }
+
+    /// The HTTP/2 connection, opened by whoever needs it first while the others wait; `fresh` if it is new.
+    async fn multiplexed(&self, fresh: &mut bool) -> Result<http2::SendRequest<Body>, Error> {
+        let mut shared = self.endpoint.shared.lock().await;
+        if let Some((send, _)) = &*shared
+            && !send.is_closed()
+        {
+            return Ok(send.clone());
+        }
+        *fresh = true;
+        let io = self.dial().await?;
+        let (send, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(1 << 20)
+            .initial_connection_window_size(16 << 20)
+            .handshake(TokioIo::new(io))
+            .await
+            .map_err(|error| Error::new(Kind::ConnectFailed, error))?;
+        let name = self.endpoint.name.clone();
+        let task = Task::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(endpoint = %name, error = chain(&error), "upstream connection broke");
+            }
+        });
+        *shared = Some((send.clone(), task));
+        Ok(send)
+    }
+
+    async fn dial(&self) -> Result<connect::Io, Error> {
+        let io = match timeout(self.connect, self.endpoint.connector.connect()).await {
+            Ok(Ok(io)) => io,
+            Ok(Err(error)) => return Err(Error::new(Kind::ConnectFailed, error)),
+            Err(late) => return Err(Error::new(Kind::ConnectFailed, late)),
+        };
+        self.endpoint.metrics.connected.inc();
+        Ok(io)
+    }
+}
+
+impl Endpoint {
+    /// A pooled connection that is ready for a request.
+    async fn pooled(&self) -> Option<Sender> {
+        while let Some(sender) = self.pool.take() {
+            // A connection is put back when its response has ended, and its task may need a moment more to
+            // see that. One that takes longer is of no use.
+            for _ in 0..3 {
+                if sender.send.is_ready() {
+                    return Some(sender);
+                }
+                if sender.send.is_closed() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+            }
+        }
+        None
+    }
+
+    /// Turns the request from the client's side to the endpoint's: target, version, `Host`.
+    fn address(&self, request: &mut Request) -> Result<(), Error> {
+        let unusable = |_| Error::from(Kind::BadRequest("the request has no usable target"));
+        if let Some(host) = &self.host {
+            request.headers_mut().insert(HOST, host.clone());
+        }
+        let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        match self.protocol {
+            Protocol::Http1 => {
+                *request.version_mut() = Version::HTTP_11;
+                // Only a hop that `Connection: te` names it to would understand it.
+                request.headers_mut().remove(TE);
+                *request.uri_mut() = path.into();
+            }
+            Protocol::Http2 => {
+                *request.version_mut() = Version::HTTP_2;
+                let host = request.headers_mut().remove(HOST);
+                let authority = host.as_ref().map_or(b"localhost".as_slice(), HeaderValue::as_bytes);
+                *request.uri_mut() = Uri::builder()
+                    .scheme(self.scheme.clone())
+                    .authority(authority)
+                    .path_and_query(path)
+                    .build()
+                    .map_err(unusable)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Wraps a body that is to be sent, so that it is known when it is through, and honours `Expect`.
+fn track(request: &mut Request) -> Option<Arc<Progress>> {
+    if request.body().is_end_stream() {
+        return None;
+    }
+    let offered =
+        request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let (upload, progress) = Upload::new(std::mem::take(request.body_mut()), offered);
+    *request.body_mut() = Body::new(upload);
+    if offered {
+        let progress = progress.clone();
+        hyper::ext::on_informational(request, move |response| {
+            if response.status() == StatusCode::CONTINUE {
+                progress.want();
+            }
+        });
+    }
+    Some(progress)
+}
+
+/// Whether a request may be sent again although its first copy was written (RFC 9110 §9.2.2).
+fn may_repeat(request: &Request) -> bool {
+    request.method().is_idempotent() && request.body().is_end_stream() && !request.headers().contains_key(UPGRADE)
+}
+
+fn copy(request: &Request) -> Request {
+    let mut copy = Request::new(Body::empty());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    copy.headers_mut().clone_from(request.headers());
+    copy
+}
+
+/// Whether the connection ended before a byte of a response: what a stale one does.
+fn closed_before(error: &hyper::Error) -> bool {
+    use std::{error::Error as _, io};
+    let reset = error
+        .source()
+        .and_then(|source| source.downcast_ref::<io::Error>())
+        .is_some_and(|error| matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe));
+    error.is_incomplete_message() || error.is_canceled() || reset
+}
+
+/// What a failed exchange with the upstream is to the layers outside.
+fn broken(error: hyper::Error) -> Error {
+    match Error::find(&error) {
+        // The request's own body failed, with the kind of one of our layers.
+        Some(own) => Error::new(own.kind(), error),
+        None if error.is_user() => Error::new(Kind::ClientReset, error),
+        None => Error::new(Kind::UpstreamReset, error),
+    }
+}
+
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"))
+}
+
+/// What a response holds of its connection.
+enum Lease {
+    /// The whole connection, which goes back to its pool at the response's end.
+    Http1(Sender, Arc<Pool<Sender>>),
+    /// A stream of a connection that lives as long as its endpoint.
+    Http2 { _endpoint: Arc<Endpoint> },
+}
+
+pin_project! {
+    /// The body of an upstream's response. Its end gives the connection back; dropping it sooner closes the
+    /// connection, or resets the stream.
+    pub struct ResponseBody {
+        #[pin]
+        body: Flow,
+        lease: Option<Lease>,
+        upload: Option<Arc<Progress>>,
+    }
+}
+
+pin_project! {
+    #[project = FlowProjection]
+    enum Flow {
+        /// Its length is known: frames are as large as they come.
+        Sized { #[pin] body: Incoming },
+        /// A stream, which may come in many small frames.
+        Stream { #[pin] body: Gather<Incoming> },
+        /// A tunnel has taken its place.
+        Nothing,
+    }
+}
+
+impl ResponseBody {
+    fn new(incoming: Incoming, lease: Lease, upload: Option<Arc<Progress>>) -> Self {
+        let body = if incoming.size_hint().exact().is_some() {
+            Flow::Sized { body: incoming }
+        } else {
+            Flow::Stream { body: Gather::new(incoming) }
+        };
+        let mut new = Self { body, lease: Some(lease), upload };
+        if new.is_end_stream() {
+            release(&mut new.lease, new.upload.as_deref());
+        }
+        new
+    }
+}
+
+/// Gives the connection back, unless the upload that it still carries makes it useless.
+fn release(lease: &mut Option<Lease>, upload: Option<&Progress>) {
+    if let Some(Lease::Http1(sender, pool)) = lease.take()
+        && upload.is_none_or(Progress::done)
+    {
+        pool.put(sender);
+    }
+}
+
+impl HttpBody for ResponseBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let mut this = self.project();
+        let frame = match this.body.as_mut().project() {
+            FlowProjection::Sized { body } => ready!(body.poll_frame(cx)),
+            FlowProjection::Stream { body } => ready!(body.poll_frame(cx)),
+            FlowProjection::Nothing => None,
+        };
+        Poll::Ready(match frame {
+            Some(Ok(frame)) => {
+                if this.body.is_end_stream() {
+                    release(this.lease, this.upload.as_deref());
+                }
+                Some(Ok(frame))
+            }
+            Some(Err(error)) => {
+                *this.lease = None;
+                Some(Err(Error::new(Kind::UpstreamReset, error).into()))
+            }
+            None => {
+                release(this.lease, this.upload.as_deref());
+                None
+            }
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.body {
+            Flow::Sized { body } => body.size_hint(),
+            Flow::Stream { body } => body.size_hint(),
+            Flow::Nothing => SizeHint::with_exact(0),
+        }
+    }
+}
+
+impl Flow {
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Sized { body } => body.is_end_stream(),
+            Self::Stream { body } => body.is_end_stream(),
+            Self::Nothing => true,
+        }
+    }
+}
+
+/// A request to speak another protocol over the connection: HTTP/1.1's `Upgrade`, or HTTP/2's extended
+/// `CONNECT` (RFC 8441).
+struct Upgrade {
+    client: OnUpgrade,
+    /// The client asked by extended `CONNECT`, and the upstream by `Upgrade`.
+    translated: bool,
+    exchange: Option<Exchange>,
+    idle: Option<Duration>,
+}
+
+impl Upgrade {
+    /// The upgrade that `request` asks for, if it does, with the request as the upstream has to be asked.
+    fn of(request: &mut Request, protocol: Protocol, exchange: Option<Exchange>) -> Option<Self> {
+        let extended = request.method() == Method::CONNECT && request.extensions().get::<Extended>().is_some();
+        if !extended && !request.headers().contains_key(UPGRADE) {
+            return None;
+        }
+        let idle = request.extensions().get().map(|TunnelIdle(after)| *after);
+        let client = hyper::upgrade::on(&mut *request);
+        match protocol {
+            Protocol::Http1 if extended => translate(request),
+            // The upstream is asked in its own way or not at all: ignoring an upgrade is allowed.
+            Protocol::Http2 if !extended => {
+                request.headers_mut().remove(UPGRADE);
+                request.headers_mut().remove(CONNECTION);
+                return None;
+            }
+            Protocol::Http1 | Protocol::Http2 => {}
+        }
+        Some(Self { client, translated: extended && protocol == Protocol::Http1, exchange, idle })
+    }
+
+    fn tunnel(self, mut response: http::Response<Incoming>, lease: Lease) -> http::Response<ResponseBody> {
+        let upstream = hyper::upgrade::on(&mut response);
+        if let Some(exchange) = &self.exchange {
+            exchange.facts().tunnel = Some(Box::new(()));
+        }
+        let carry = async move {
+            // The connection must live at least until it is handed over; then it lives by itself.
+            let _lease = lease;
+            tunnel::run(self.client, upstream, self.exchange, self.idle).await;
+        };
+        #[expect(clippy::disallowed_methods, reason = "it ends with either connection, or with their silence")]
+        drop(tokio::spawn(carry));
+        if self.translated {
+            *response.status_mut() = StatusCode::OK;
+            for name in [CONNECTION, UPGRADE, SEC_WEBSOCKET_ACCEPT] {
+                response.headers_mut().remove(name);
+            }
+        }
+        response.map(|_| ResponseBody { body: Flow::Nothing, lease: None, upload: None })
+    }
+}
+
+/// Whether the upstream has changed to the protocol that it was asked for.
+fn accepted(response: &http::Response<Incoming>) -> bool {
+    if response.version() == Version::HTTP_2 {
+        response.status().is_success()
+    } else {
+        response.status() == StatusCode::SWITCHING_PROTOCOLS
+    }
+}
+
+/// Extended `CONNECT` as HTTP/1.1 asks for the same (RFC 8441 §5).
+fn translate(request: &mut Request) {
+    const SEC_WEBSOCKET_VERSION: HeaderName = http::header::SEC_WEBSOCKET_VERSION;
+    let protocol = request.extensions_mut().remove::<Extended>();
+    let protocol = protocol.and_then(|protocol| HeaderValue::from_str(protocol.as_str()).ok());
+    *request.method_mut() = Method::GET;
+    *request.body_mut() = Body::empty();
+    let headers = request.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(UPGRADE, protocol.unwrap_or(HeaderValue::from_static("websocket")));
+    // HTTP/2 has no handshake key; the HTTP/1.1 upstream insists on one.
+    headers.insert(SEC_WEBSOCKET_KEY, handshake_key());
+    headers.entry(SEC_WEBSOCKET_VERSION).or_insert(HeaderValue::from_static("13"));
+}
+
+/// 16 random bytes in base64 (RFC 6455 §4.1).
+fn handshake_key() -> HeaderValue {
+    use base64::{Engine, engine::general_purpose::STANDARD};
+    HeaderValue::try_from(STANDARD.encode(uuid::Uuid::new_v4().as_bytes())).expect("base64 is visible ASCII")
+}
