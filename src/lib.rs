@@ -43,5 +43,6 @@
 pub mod config;
 pub mod layers;
 pub mod message;
+pub mod server;
 pub mod telemetry;
 pub mod upstream;

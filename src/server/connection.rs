@@ -1,0 +1,869 @@
+//! One client connection: HTTP/1.1 or HTTP/2, its silences, its end.
+//!
+//! Cleartext connections begin with their first bytes: the HTTP/2 preface (prior knowledge, RFC 9113 §3.3) or
+//! a request. Under TLS the protocol is the one that ALPN chose.
+//!
+//! # Silence
+//! Two waits are bounded: for a request's head (`client_header`, from the accept or from the head's first byte) and for
+//! the next request (`keepalive`, from the end of the last response). hyper's own timer for the first is re-armed at
+//! every request; here one timer per connection is armed and looked at again when it fires, and requests only
+//! leave their marks in [`Watch`]: two atomic additions and one look at the clock.
+//!
+//! # Why not hyper-util's `auto` server
+//! Its connection holds both protocols in place, an HTTP/2 one being the larger by far, and cannot be told by
+//! ALPN. Here HTTP/2 is boxed and the preface is matched in the reader that counts the bytes anyway.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    future::Future,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http::{Method, StatusCode, Version, header::CONTENT_LENGTH};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::{
+    body::Incoming,
+    server::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpStream, UnixStream},
+    sync::{OwnedSemaphorePermit, futures::OwnedNotified},
+    time::{Instant, Sleep, sleep_until},
+};
+use tracing::debug;
+
+use super::{Handler, drain::Drain};
+use crate::message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request, Response};
+
+/// What begins an HTTP/2 connection, RFC 9113 §3.4.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// After a polite end, how long the client may take to close. Also what an HTTP/2 client has to answer the
+/// PING that comes between the two GOAWAYs.
+const CLOSE_GRACE: Duration = Duration::from_secs(5);
+/// When a drain begins, how long a connection that has not sent its first byte may still do so: the client may
+/// have connected the moment before.
+const FRESH_GRACE: Duration = Duration::from_secs(1);
+/// How much of an unread request body is thrown away after the answer, at most.
+const LINGER_BYTES: u32 = 1 << 20;
+/// `SETTINGS_INITIAL_WINDOW_SIZE`: what one HTTP/2 stream may send before its handler reads.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// What all streams of one connection together may send before they are read.
+const CONNECTION_WINDOW: u32 = 1 << 20;
+
+/// The hard limits of a connection. hyper answers a request beyond them with a bare 431 or 414, so they stand a
+/// little above those of `layers::hygiene`, which answers with a reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Fields of a request's head.
+    pub headers: usize,
+    /// Bytes of the header section.
+    pub header_bytes: usize,
+    /// Bytes of the request target.
+    pub uri_bytes: usize,
+    /// Streams that one HTTP/2 connection may have open.
+    pub http2_streams: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { headers: 100, header_bytes: 64 << 10, uri_bytes: 16 << 10, http2_streams: 200 }
+    }
+}
+
+/// How long a connection may be silent. Shared by all connections; a change is seen by each when its timer fires.
+#[derive(Debug)]
+pub struct Timing {
+    client_header: AtomicU64,
+    keepalive: AtomicU64,
+}
+
+impl Timing {
+    /// How long for a request's head, and how long between requests.
+    #[must_use]
+    pub fn new(client_header: Duration, keepalive: Duration) -> Self {
+        Self { client_header: AtomicU64::new(micros(client_header)), keepalive: AtomicU64::new(micros(keepalive)) }
+    }
+
+    /// Changes both.
+    pub fn set(&self, client_header: Duration, keepalive: Duration) {
+        self.client_header.store(micros(client_header), Ordering::Relaxed);
+        self.keepalive.store(micros(keepalive), Ordering::Relaxed);
+    }
+
+    fn client_header(&self) -> Duration {
+        Duration::from_micros(self.client_header.load(Ordering::Relaxed))
+    }
+
+    fn keepalive(&self) -> Duration {
+        Duration::from_micros(self.keepalive.load(Ordering::Relaxed))
+    }
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self::new(Duration::from_secs(30), Duration::from_secs(75))
+    }
+}
+
+/// Within the longest duration of the configuration, a year.
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX).min(365 * 86_400 * 1_000_000)
+}
+
+/// What the connections of one server have in common.
+pub(super) struct Shared<H> {
+    handler: H,
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    timing: Arc<Timing>,
+    drain: Drain,
+}
+
+impl<H> Shared<H> {
+    pub(super) fn new(handler: H, limits: Limits, timing: Arc<Timing>, drain: Drain) -> Self {
+        // Room for the fields' names and separators that the limits do not count, and for what hyper reads ahead.
+        let head = limits.header_bytes + limits.uri_bytes + (16 << 10);
+        let mut http1 = http1::Builder::new();
+        // No timer is set, so hyper's own header timeout is off. Half-closed clients count as gone (the default):
+        // that is how a client's leaving is seen.
+        http1.max_buf_size(head);
+        if limits.headers >= 100 {
+            // Up to 100 fields hyper parses on its stack, which is cheaper.
+            http1.max_headers(limits.headers + 28);
+        }
+        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        http2
+            .max_concurrent_streams(limits.http2_streams)
+            .max_header_list_size(u32::try_from(head).unwrap_or(u32::MAX))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(STREAM_WINDOW as usize)
+            // Rapid reset (CVE-2023-44487, CVE-2025-8671): streams that were reset before we took them, and
+            // streams that we had to reset for errors of the client's. Beyond either, GOAWAY.
+            .max_pending_accept_reset_streams(20)
+            .max_local_error_reset_streams(256)
+            .enable_connect_protocol();
+        Self { handler, http1, http2, timing, drain }
+    }
+
+    pub(super) fn drain(&self) -> &Drain {
+        &self.drain
+    }
+}
+
+impl<H> fmt::Debug for Shared<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("timing", &self.timing).finish_non_exhaustive()
+    }
+}
+
+/// The place that a connection takes among those open at once, and in the gauge.
+#[derive(Debug)]
+pub(super) struct Open {
+    _permit: OwnedSemaphorePermit,
+    gauge: Gauge,
+}
+
+impl Open {
+    pub(super) fn new(permit: OwnedSemaphorePermit, gauge: Gauge) -> Self {
+        gauge.inc();
+        Self { _permit: permit, gauge }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.gauge.dec();
+    }
+}
+
+/// What a connection's reader, its requests and its timer leave for each other: one allocation per connection,
+/// which lives as long as the last of them.
+#[derive(Debug)]
+struct Watch {
+    accepted: Instant,
+    /// Requests whose response has not ended.
+    in_flight: AtomicU32,
+    /// Requests begun, wrapping.
+    requests: AtomicU32,
+    /// When a request ended last, in microseconds from `accepted`.
+    ended: AtomicU64,
+    flags: AtomicU8,
+    /// The connection's task while it owns a tunnel.
+    owner: AtomicWaker,
+    /// The tunnel's task.
+    tunnel: AtomicWaker,
+    _open: Open,
+}
+
+/// Bytes came while no request was in flight: a head has begun.
+const READ: u8 = 1;
+/// The response is ended by the connection's end, and broke off: the end must not look like one (HTTP/1.0).
+const RESET: u8 = 2;
+/// The reader throws away what is left of a request body.
+const LINGER: u8 = 4;
+/// HTTP/1.1: the connection becomes, or is, a tunnel.
+const UPGRADED: u8 = 8;
+/// HTTP/2: a stream of this connection became a tunnel.
+const CONNECTED: u8 = 16;
+/// The tunnel has let go of the socket.
+const CLOSED: u8 = 32;
+/// The tunnel must end.
+const CUT: u8 = 64;
+/// The last request's body was let go of before its end.
+const UNREAD: u8 = 128;
+
+impl Watch {
+    fn is(&self, flag: u8) -> bool {
+        self.flags.load(Ordering::Acquire) & flag != 0
+    }
+
+    fn set(&self, flag: u8) {
+        self.flags.fetch_or(flag, Ordering::AcqRel);
+    }
+
+    fn is_busy(&self) -> bool {
+        self.in_flight.load(Ordering::Acquire) != 0
+    }
+
+    fn ended(&self) -> Instant {
+        self.accepted + Duration::from_micros(self.ended.load(Ordering::Acquire))
+    }
+}
+
+/// A request whose response has not ended.
+#[derive(Debug)]
+struct InFlight(Arc<Watch>);
+
+impl InFlight {
+    fn begin(watch: &Arc<Watch>) -> Self {
+        watch.requests.fetch_add(1, Ordering::Relaxed);
+        watch.in_flight.fetch_add(1, Ordering::AcqRel);
+        watch.flags.fetch_and(!(READ | UNREAD), Ordering::AcqRel);
+        Self(watch.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        // The time first: whoever sees no request in flight must not take the connection for long idle.
+        self.0.ended.store(micros(self.0.accepted.elapsed()), Ordering::Release);
+        self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// A socket as it was accepted.
+#[derive(Debug)]
+pub(super) enum Socket {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Calls a method of whatever stands inside.
+macro_rules! each {
+    ($self:ident, $method:ident ( $($argument:expr),* )) => {
+        match $self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).$method($($argument),*),
+            Self::Unix(stream) => Pin::new(stream).$method($($argument),*),
+        }
+    };
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_shutdown(cx))
+    }
+}
+
+impl Socket {
+    /// Makes closing send a reset instead of an end.
+    fn reset(&self) {
+        if let Self::Tcp(stream) = self {
+            // Fails only where the connection is gone already.
+            let _gone = stream.set_zero_linger();
+        }
+    }
+}
+
+/// The transport as hyper sees it: marks what it reads, gives back the bytes that were read to tell HTTP/2 from
+/// HTTP/1.1, and closes with care.
+struct Io {
+    stream: Socket,
+    first: First,
+    lingered: u32,
+    shut: bool,
+    watch: Arc<Watch>,
+}
+
+/// The first bytes of a connection, as many as the preface has.
+#[derive(Default)]
+struct First {
+    bytes: [u8; PREFACE.len()],
+    taken: u8,
+    filled: u8,
+}
+
+impl First {
+    fn filled(&self) -> &[u8] {
+        &self.bytes[usize::from(self.taken)..usize::from(self.filled)]
+    }
+}
+
+impl Io {
+    fn new(stream: Socket, watch: Arc<Watch>) -> Self {
+        Self { stream, first: First::default(), lingered: 0, shut: false, watch }
+    }
+
+    /// Whether the connection begins as HTTP/2. `None` where it ended without a byte.
+    fn poll_is_http2(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<bool>>> {
+        loop {
+            let read = usize::from(self.first.filled);
+            if self.first.bytes[..read] != PREFACE[..read] {
+                return Poll::Ready(Ok(Some(false)));
+            }
+            if read == PREFACE.len() {
+                return Poll::Ready(Ok(Some(true)));
+            }
+            let mut buf = ReadBuf::new(&mut self.first.bytes[read..]);
+            ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf))?;
+            match u8::try_from(buf.filled().len()) {
+                Ok(0) | Err(_) => return Poll::Ready(Ok((read > 0).then_some(false))),
+                Ok(more) => self.first.filled += more,
+            }
+        }
+    }
+
+    /// In a tunnel, nobody polls the connection's future any more: its end comes through here.
+    fn watch_for_cut(&self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.watch.is(UPGRADED) {
+            self.watch.tunnel.register(cx.waker());
+            if self.watch.is(CUT) {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let first = this.first.filled();
+        if !first.is_empty() {
+            let taken = first.len().min(buf.remaining());
+            buf.put_slice(&first[..taken]);
+            this.first.taken += u8::try_from(taken).expect("at most as many as the preface has");
+            this.watch.set(READ);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = Pin::new(&mut this.stream).poll_read(cx, buf);
+        match &polled {
+            Poll::Pending => this.watch_for_cut(cx)?,
+            Poll::Ready(Ok(())) if buf.filled().len() > before && !this.watch.is_busy() && !this.watch.is(READ) => {
+                this.watch.set(READ);
+            }
+            Poll::Ready(_) => {}
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
+        if polled.is_pending() {
+            this.watch_for_cut(cx)?;
+        }
+        polled
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+        if polled.is_pending() {
+            this.watch_for_cut(cx)?;
+        }
+        polled
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    /// Sends the end, and then, where a request body was not read to its end, throws the rest away until the client
+    /// closes: closing over unread bytes makes the kernel send a reset, which can overtake the answer (RFC 9112 §9.6).
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.shut {
+            ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
+            this.shut = true;
+        }
+        if !this.watch.is(UNREAD) {
+            return Poll::Ready(Ok(()));
+        }
+        this.watch.set(LINGER);
+        let mut thrown = [0; 4096];
+        while this.lingered < LINGER_BYTES {
+            let mut buf = ReadBuf::new(&mut thrown);
+            match ready!(Pin::new(&mut this.stream).poll_read(cx, &mut buf)) {
+                Ok(()) if !buf.filled().is_empty() => this.lingered += u32::try_from(buf.filled().len()).unwrap_or(0),
+                Ok(()) | Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for Io {
+    fn drop(&mut self) {
+        if self.watch.is(RESET) {
+            self.stream.reset();
+        }
+        self.watch.set(CLOSED);
+        self.watch.owner.wake();
+    }
+}
+
+/// Hands hyper's requests to the handler, as sidegate's.
+struct Leaf<H> {
+    shared: Arc<Shared<H>>,
+    facts: Facts,
+    watch: Arc<Watch>,
+}
+
+impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
+    type Response = http::Response<Counted>;
+    type Error = Infallible;
+    type Future = Answer<H::Answer>;
+
+    fn call(&self, request: http::Request<Incoming>) -> Self::Future {
+        let in_flight = Some(InFlight::begin(&self.watch));
+        let (before_11, connect) = (request.version() < Version::HTTP_11, request.method() == Method::CONNECT);
+        let mut request: Request = request.map(|incoming| {
+            if incoming.is_end_stream() {
+                return Body::empty();
+            }
+            Body::new(Inbound { incoming, ended: false, watch: self.watch.clone() })
+        });
+        request.extensions_mut().insert(self.facts.clone());
+        Answer { future: self.shared.handler.call(request), in_flight, before_11, connect }
+    }
+}
+
+pin_project_lite::pin_project! {
+    /// The answer to one request, counted as in flight from here to the end of its body.
+    struct Answer<F> {
+        #[pin]
+        future: F,
+        in_flight: Option<InFlight>,
+        before_11: bool,
+        connect: bool,
+    }
+}
+
+impl<F: Future<Output = Response>> Future for Answer<F> {
+    type Output = Result<http::Response<Counted>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let response = ready!(this.future.poll(cx));
+        let in_flight = this.in_flight.take().expect("polled once more after its end");
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            in_flight.0.set(UPGRADED);
+        } else if *this.connect && response.status().is_success() {
+            in_flight.0.set(CONNECTED);
+        }
+        let by_close = *this.before_11 && !response.headers().contains_key(CONTENT_LENGTH);
+        Poll::Ready(Ok(response.map(|body| Counted { by_close, ended: false, body, in_flight })))
+    }
+}
+
+/// A request's body, whose failure is the client's.
+struct Inbound {
+    incoming: Incoming,
+    ended: bool,
+    watch: Arc<Watch>,
+}
+
+impl HttpBody for Inbound {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = Pin::new(&mut self.incoming).poll_frame(cx);
+        if let Poll::Ready(None) = polled {
+            self.ended = true;
+        }
+        polled.map_err(|error| Error::new(Kind::ClientReset, error).into())
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+impl Drop for Inbound {
+    fn drop(&mut self) {
+        if !self.ended && !self.incoming.is_end_stream() {
+            self.watch.set(UNREAD);
+        }
+    }
+}
+
+/// A response's body, in flight until it is dropped.
+struct Counted {
+    body: Body,
+    /// The client takes the connection's end for the body's: HTTP/1.0 without a length.
+    by_close: bool,
+    ended: bool,
+    in_flight: InFlight,
+}
+
+impl HttpBody for Counted {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        if let Poll::Ready(None) = polled {
+            self.ended = true;
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        if self.by_close && !self.ended && !self.body.is_end_stream() {
+            self.in_flight.0.set(RESET);
+        }
+    }
+}
+
+/// Ends the tunnel with its owner.
+struct Tunnel(Arc<Watch>);
+
+impl Drop for Tunnel {
+    fn drop(&mut self) {
+        self.0.set(CUT);
+        self.0.tunnel.wake();
+    }
+}
+
+#[expect(clippy::large_enum_variant, reason = "the large one is the usual one; HTTP/2, larger still, is boxed")]
+enum State<H: Handler> {
+    /// Waiting for the first bytes.
+    First(Io, Facts),
+    Http1(http1::UpgradeableConnection<TokioIo<Io>, Leaf<H>>),
+    Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>),
+    Tunnel(Tunnel),
+    Ended,
+}
+
+pin_project_lite::pin_project! {
+    /// Serves one connection until its end. The connection is cut when this is dropped.
+    pub(super) struct Serve<H: Handler> {
+        state: State<H>,
+        shared: Arc<Shared<H>>,
+        watch: Arc<Watch>,
+        // Always armed: there is a moment at which the marks must be looked at again.
+        #[pin]
+        timer: Sleep,
+        #[pin]
+        told: OwnedNotified,
+        // The task that `timer` and `told` will wake.
+        waker: Option<Waker>,
+        requests: u32,
+        head: Option<Instant>,
+        ending: Ending,
+    }
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// Not begun.
+    No,
+    /// A drain has begun before the connection's first byte.
+    Fresh,
+    /// `Connection: close` or GOAWAY is said; requests in flight go on.
+    Told,
+    /// The answer is sent and the rest of its request is thrown away.
+    Lingering,
+}
+
+/// What the timer found.
+enum Look {
+    Again(Instant),
+    Close,
+    Drop(&'static str),
+}
+
+impl<H: Handler> Serve<H> {
+    pub(super) fn new(socket: Socket, peer: Peer, open: Open, shared: Arc<Shared<H>>) -> Self {
+        let accepted = Instant::now();
+        let watch = Arc::new(Watch {
+            accepted,
+            in_flight: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
+            ended: AtomicU64::new(0),
+            flags: AtomicU8::new(0),
+            owner: AtomicWaker::new(),
+            tunnel: AtomicWaker::new(),
+            _open: open,
+        });
+        Self {
+            state: State::First(Io::new(socket, watch.clone()), Facts::new(peer, false)),
+            timer: sleep_until(accepted + shared.timing.client_header()),
+            told: shared.drain.told(),
+            shared,
+            watch,
+            waker: None,
+            requests: 0,
+            head: None,
+            ending: Ending::No,
+        }
+    }
+}
+
+impl<H: Handler> State<H> {
+    fn http1(io: Io, facts: Facts, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Self {
+        let leaf = Leaf { shared: shared.clone(), facts, watch: watch.clone() };
+        Self::Http1(shared.http1.serve_connection(TokioIo::new(io), leaf).with_upgrades())
+    }
+
+    fn http2(io: Io, facts: Facts, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Self {
+        let leaf = Leaf { shared: shared.clone(), facts, watch: watch.clone() };
+        Self::Http2(Box::new(shared.http2.serve_connection(TokioIo::new(io), leaf)))
+    }
+
+    /// Moves the connection on; ready at its end.
+    fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Poll<()> {
+        loop {
+            match self {
+                Self::First(io, _) => {
+                    let http2 = ready!(io.poll_is_http2(cx));
+                    let Self::First(io, facts) = std::mem::replace(self, Self::Ended) else { return Poll::Ready(()) };
+                    *self = match http2 {
+                        Ok(Some(true)) => Self::http2(io, facts, shared, watch),
+                        Ok(Some(false)) => Self::http1(io, facts, shared, watch),
+                        // Left without a word.
+                        Ok(None) | Err(_) => return Poll::Ready(()),
+                    };
+                }
+                Self::Http1(connection) => {
+                    let ended = ready!(Pin::new(connection).poll(cx));
+                    if ended.is_ok() && watch.is(UPGRADED) {
+                        *self = Self::Tunnel(Tunnel(watch.clone()));
+                        continue;
+                    }
+                    note(ended);
+                    *self = Self::Ended;
+                }
+                Self::Http2(connection) => {
+                    note(ready!(Pin::new(connection).poll(cx)));
+                    *self = Self::Ended;
+                }
+                Self::Tunnel(tunnel) => {
+                    tunnel.0.owner.register(cx.waker());
+                    if !tunnel.0.is(CLOSED) {
+                        return Poll::Pending;
+                    }
+                    *self = Self::Ended;
+                }
+                Self::Ended => return Poll::Ready(()),
+            }
+        }
+    }
+
+    /// Says that no further request will be answered. False where there is nobody to say it to yet.
+    fn close(&mut self) -> bool {
+        match self {
+            Self::First(..) => return false,
+            Self::Http1(connection) => Pin::new(connection).graceful_shutdown(),
+            Self::Http2(connection) => Pin::new(&mut **connection).graceful_shutdown(),
+            Self::Tunnel(_) | Self::Ended => {}
+        }
+        true
+    }
+}
+
+/// Errors of connections are the clients' affairs: they left, or did not speak HTTP.
+fn note(ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        debug!(error = %error, "connection broken off");
+    }
+}
+
+impl<H: Handler> Future for Serve<H> {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        loop {
+            if this.state.poll(cx, this.shared, this.watch).is_ready() {
+                return Poll::Ready(());
+            }
+            // A tunnel has neither heads nor idle times, and a drain lets it run.
+            if let State::Tunnel(_) = this.state {
+                return Poll::Pending;
+            }
+
+            let requests = this.watch.requests.load(Ordering::Acquire);
+            if requests != *this.requests {
+                *this.requests = requests;
+                *this.head = None;
+            }
+            // Only an HTTP/1.1 head can arrive bit by bit unseen. Most heads come in one read and were handed on
+            // by the poll above, so the clock is not asked for them.
+            if let (State::Http1(_), None, true, false) =
+                (&this.state, *this.head, this.watch.is(READ), this.watch.is_busy())
+            {
+                let now = if requests == 0 { this.watch.accepted } else { Instant::now() };
+                *this.head = Some(now);
+                let due = now + this.shared.timing.client_header();
+                if due < this.timer.deadline() {
+                    this.timer.as_mut().reset(due);
+                    *this.waker = None;
+                }
+            }
+            if *this.ending != Ending::Lingering && this.watch.is(LINGER) {
+                *this.ending = Ending::Lingering;
+                this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
+                *this.waker = None;
+            }
+            if matches!(this.ending, Ending::No | Ending::Fresh) && this.shared.drain.has_begun() {
+                // After the poll above, so that a request which lay in the socket is answered and not lost.
+                if this.state.close() {
+                    *this.ending = Ending::Told;
+                    this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
+                    *this.waker = None;
+                    continue;
+                }
+                if *this.ending == Ending::No {
+                    *this.ending = Ending::Fresh;
+                    this.timer.as_mut().reset(Instant::now() + FRESH_GRACE);
+                    *this.waker = None;
+                }
+            }
+
+            // Timer and drain are polled only to leave the waker with them, or when there is something to hear.
+            let fresh = this.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker()));
+            if !fresh && !this.timer.is_elapsed() {
+                return Poll::Pending;
+            }
+            *this.waker = Some(cx.waker().clone());
+            if this.told.as_mut().poll(cx).is_ready() && matches!(this.ending, Ending::No) {
+                continue;
+            }
+            if this.timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            match look(this.state, this.watch, &this.shared.timing, *this.head, *this.ending) {
+                Look::Again(at) => this.timer.as_mut().reset(at),
+                Look::Close => {
+                    *this.ending = Ending::Told;
+                    this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
+                    this.state.close();
+                }
+                Look::Drop(why) => {
+                    debug!(why, "connection closed");
+                    return Poll::Ready(());
+                }
+            }
+            *this.waker = None;
+        }
+    }
+}
+
+/// The timer has fired: is it time?
+fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Option<Instant>, ending: Ending) -> Look {
+    let now = Instant::now();
+    let (header, keepalive) = (timing.client_header(), timing.keepalive());
+    match ending {
+        Ending::Fresh => return Look::Drop("drain"),
+        Ending::Lingering => return Look::Drop("the rest of a request was too long"),
+        // The client has to say something between GOAWAY and the end; a tunnel in a stream ends by itself.
+        Ending::Told if watch.is_busy() || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
+        Ending::Told if head.is_none() && now >= watch.ended() + CLOSE_GRACE => return Look::Drop("slow to close"),
+        Ending::Told if head.is_none() => return Look::Again(watch.ended() + CLOSE_GRACE),
+        Ending::Told | Ending::No => {}
+    }
+    if watch.is_busy() {
+        // Not before this can an idle time that begins now be over.
+        return Look::Again(now + keepalive);
+    }
+    let first = watch.requests.load(Ordering::Acquire) == 0;
+    let (due, why) = match head {
+        Some(head) => (head + header, "slow request head"),
+        None if first => (watch.accepted + header, "no request"),
+        None => (watch.ended() + keepalive, "idle"),
+    };
+    match state {
+        _ if now < due => Look::Again(due),
+        State::Http1(_) if head.is_some() => Look::Drop(why),
+        State::Http1(_) | State::Http2(_) => Look::Close,
+        State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),
+    }
+}

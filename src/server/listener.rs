@@ -1,0 +1,378 @@
+//! Listeners: where connections come from, how many at once, and what happens when they cannot be accepted.
+
+use std::{
+    borrow::Cow,
+    fmt, fs, io,
+    net::SocketAddr,
+    os::unix::fs::{FileTypeExt, MetadataExt},
+    path::{Path, PathBuf},
+    pin::pin,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::FutureExt;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, Error as _, MapAccess, Visitor, value::MapAccessDeserializer},
+};
+use tokio::{
+    net::{TcpListener, TcpSocket, UnixListener},
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::{JoinError, JoinSet},
+    time::{Instant, sleep},
+};
+use tracing::{debug, error, info, warn};
+
+use super::{
+    Handler,
+    connection::{Open, Serve, Shared, Socket},
+    tls,
+};
+use crate::{message::Peer, telemetry::metrics::Process};
+
+/// Connections that the kernel keeps for us until we accept them; `net.core.somaxconn` caps it.
+const BACKLOG: u32 = 4096;
+/// The pause after the first failure to accept, doubled up to the last.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// At most one line about failures to accept in this time.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Where a listener listens.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Address {
+    /// `ADDRESS:PORT`, with the address in brackets if it is IPv6. Port 0 lets the system choose.
+    Tcp(SocketAddr),
+    /// `unix:/path/of/the/socket`.
+    Unix(PathBuf),
+}
+
+impl Address {
+    /// Whether only this machine can connect.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().to_canonical().is_loopback(),
+            Self::Unix(_) => true,
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, AddressError> {
+        match text.strip_prefix("unix:") {
+            Some(path) if Path::new(path).is_absolute() => Ok(Self::Unix(path.into())),
+            Some(_) => Err(AddressError(text.to_owned())),
+            None => text.parse().map(Self::Tcp).map_err(|_| AddressError(text.to_owned())),
+        }
+    }
+}
+
+/// A text that is no address.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddressError(String);
+
+impl fmt::Display for AddressError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(text) = self;
+        write!(f, "`{text}` is no address to listen on: `0.0.0.0:8080`, `[::]:8080` or `unix:/run/sidegate.sock`")
+    }
+}
+
+impl std::error::Error for AddressError {}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(D::Error::custom)
+    }
+}
+
+impl JsonSchema for Address {
+    fn schema_name() -> Cow<'static, str> {
+        "ListenAddress".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "description": "`ADDRESS:PORT`, or `unix:/path` for a Unix socket.",
+            "examples": ["0.0.0.0:8080", "[::]:8080", "unix:/run/sidegate.sock"],
+        })
+    }
+}
+
+/// One listener: its address, or a section. An entry of `listen`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where to listen: `ADDRESS:PORT`, or `unix:/path` for a Unix socket.
+    pub address: Address,
+    /// Ends TLS here. Default: cleartext.
+    pub tls: Option<tls::Config>,
+    /// Whether every connection begins with a PROXY protocol header, version 1 or 2, which names the client;
+    /// one without is closed. Default `false`. Whoever can connect can claim any address: switch it on only
+    /// where nothing but the load balancer can.
+    pub proxy_protocol: bool,
+}
+
+impl From<Address> for Config {
+    fn from(address: Address) -> Self {
+        Self { address, tls: None, proxy_protocol: false }
+    }
+}
+
+/// The section form of [`Config`].
+#[derive(Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+struct Section {
+    /// Where to listen: `ADDRESS:PORT`, or `unix:/path` for a Unix socket.
+    address: Address,
+    /// Ends TLS here. Default: cleartext.
+    tls: Option<tls::Config>,
+    /// Whether every connection begins with a PROXY protocol header, version 1 or 2, which names the client;
+    /// one without is closed. Default `false`. Whoever can connect can claim any address: switch it on only
+    /// where nothing but the load balancer can.
+    #[serde(default)]
+    proxy_protocol: bool,
+}
+
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct AddressOrSection;
+
+        impl<'de> Visitor<'de> for AddressOrSection {
+            type Value = Config;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an address, or a section with `address`")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Config, E> {
+                text.parse::<Address>().map(Config::from).map_err(E::custom)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
+                let Section { address, tls, proxy_protocol } = Section::deserialize(MapAccessDeserializer::new(map))?;
+                Ok(Config { address, tls, proxy_protocol })
+            }
+        }
+
+        from.deserialize_any(AddressOrSection)
+    }
+}
+
+impl JsonSchema for Config {
+    fn schema_name() -> Cow<'static, str> {
+        "Listener".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "anyOf": [generator.subschema_for::<Address>(), Section::json_schema(generator)] })
+    }
+}
+
+/// An open listener.
+#[derive(Debug)]
+pub(super) struct Listener {
+    socket: ListenSocket,
+    address: Address,
+}
+
+#[derive(Debug)]
+enum ListenSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener, #[expect(dead_code, reason = "held for its end")] SocketFile),
+}
+
+impl Listener {
+    #[expect(clippy::unused_async, reason = "tokio's listeners must be made within a runtime")]
+    pub(super) async fn open(config: Config) -> io::Result<Self> {
+        if config.tls.is_some() || config.proxy_protocol {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "TLS and the PROXY protocol are not built yet"));
+        }
+        let (socket, address) = match config.address {
+            Address::Tcp(address) => {
+                let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+                // A restart must not wait for the old process' connections to leave TIME_WAIT.
+                socket.set_reuseaddr(true)?;
+                socket.bind(address)?;
+                let socket = socket.listen(BACKLOG)?;
+                let address = Address::Tcp(socket.local_addr()?);
+                (ListenSocket::Tcp(socket), address)
+            }
+            Address::Unix(path) => {
+                let (listener, file) = SocketFile::bind(&path)?;
+                (ListenSocket::Unix(listener, file), Address::Unix(path))
+            }
+        };
+        info!(%address, "listening");
+        Ok(Self { socket, address })
+    }
+
+    pub(super) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Accepts until the drain begins, then waits for its connections. Dropped, it cuts them.
+    pub(super) async fn accept_loop<H: Handler>(self, shared: Arc<Shared<H>>, open: Arc<Semaphore>, process: Process) {
+        let mut connections = JoinSet::new();
+        let mut begun = pin!(shared.drain().begun());
+        let mut trouble = Trouble::default();
+        let serve = |connections: &mut JoinSet<()>, permit: OwnedSemaphorePermit, (socket, peer): (Socket, Peer)| {
+            process.accepted.inc();
+            let open = Open::new(permit, process.connections.clone());
+            connections.spawn(Serve::new(socket, peer, open, shared.clone()));
+        };
+        loop {
+            // The permit comes first: at the limit, further connections stay in the kernel's queue.
+            let next = async {
+                let permit = open.clone().acquire_owned().await.expect("the semaphore is never closed");
+                (permit, self.socket.accept().await)
+            };
+            tokio::select! {
+                biased;
+                () = &mut begun => break,
+                Some(ended) = connections.join_next() => report(&ended),
+                (permit, accepted) = next => match accepted {
+                    Ok(accepted) => {
+                        trouble = Trouble { warned: trouble.warned, ..Trouble::default() };
+                        serve(&mut connections, permit, accepted);
+                    }
+                    // The client left while it waited in the queue.
+                    Err(error) if is_of_the_client(&error) => debug!(error = %error, "connection lost before it was accepted"),
+                    Err(error) => {
+                        process.accept_errors.inc();
+                        drop(permit);
+                        let pause = trouble.pause(&self.address, &error);
+                        tokio::select! {
+                            () = &mut begun => break,
+                            () = sleep(pause) => {}
+                        }
+                    }
+                }
+            }
+        }
+        // What the kernel has accepted for us already would be reset when the listener closes.
+        while let Some(Ok(accepted)) = self.socket.accept().now_or_never() {
+            let Ok(permit) = open.clone().try_acquire_owned() else { break };
+            serve(&mut connections, permit, accepted);
+        }
+        drop(self.socket);
+        info!(address = %self.address, connections = connections.len(), "no longer listening");
+        while let Some(ended) = connections.join_next().await {
+            report(&ended);
+        }
+    }
+}
+
+/// A connection's task ends by itself or because it was aborted; anything else is a bug.
+fn report(ended: &Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        error!(%error, "a connection's task panicked");
+    }
+}
+
+fn is_of_the_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted, TimedOut};
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionReset | ConnectionRefused | Interrupted | BrokenPipe | TimedOut
+    )
+}
+
+/// Failures to accept in a row: most often no file descriptors are left (`EMFILE`, `ENFILE`), or no memory.
+/// The connection stays in the queue and the listener readable, so trying again at once would be a busy loop.
+#[derive(Debug, Default)]
+struct Trouble {
+    failures: u32,
+    warned: Option<Instant>,
+}
+
+impl Trouble {
+    fn pause(&mut self, address: &Address, error: &io::Error) -> Duration {
+        let now = Instant::now();
+        if self.warned.is_none_or(|at| now - at >= QUIET) {
+            self.warned = Some(now);
+            warn!(%address, %error, "cannot accept connections; trying again");
+        }
+        let (first, last) = BACK_OFF;
+        let pause = last.min(first * 2_u32.pow(self.failures.min(10)));
+        self.failures = self.failures.saturating_add(1);
+        pause
+    }
+}
+
+impl ListenSocket {
+    async fn accept(&self) -> io::Result<(Socket, Peer)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                // Fails only where the connection is gone already, and then reading will say so.
+                let _gone = stream.set_nodelay(true);
+                Ok((Socket::Tcp(stream), Peer::tcp(peer)))
+            }
+            Self::Unix(listener, _) => {
+                let (stream, _) = listener.accept().await?;
+                Ok((Socket::Unix(stream), Peer::Unix))
+            }
+        }
+    }
+}
+
+/// The file of a Unix socket, removed at the end if it is still the one that was made.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Binds `path`. A socket that a dead process left behind is replaced; one that answers, and anything that
+    /// is no socket, stays and is an error.
+    fn bind(path: &Path) -> io::Result<(UnixListener, Self)> {
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path)? => {
+                fs::remove_file(path)?;
+                UnixListener::bind(path)
+            }
+            bound => bound,
+        }?;
+        Ok((listener, Self { path: path.to_owned(), identity: identity(path)? }))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // By now another process may listen there under a file of its own.
+        if identity(&self.path).is_ok_and(|found| found == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            warn!(path = %self.path.display(), %error, "cannot remove the socket");
+        }
+    }
+}
+
+fn is_stale(path: &Path) -> io::Result<bool> {
+    Ok(fs::symlink_metadata(path)?.file_type().is_socket()
+        && std::os::unix::net::UnixStream::connect(path)
+            .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let found = fs::symlink_metadata(path)?;
+    Ok((found.dev(), found.ino()))
+}

@@ -1,0 +1,182 @@
+//! The server: listeners, connections, drain and reload. Floor 5.
+//!
+//! [`Server::bind`] opens every listener or none; [`Bound::run`] serves until it is told to stop. What answers
+//! a request is a [`Handler`], in sidegate the stack that is current when the request arrives: a
+//! connection keeps no snapshot of it, so a reload reaches clients that stay connected.
+//!
+//! Ownership: `run` owns one accept loop per listener, each loop owns its connections, and each connection owns
+//! the tunnel that an upgrade made of it. Whatever ends one ends all below it.
+
+pub mod connection;
+pub mod drain;
+pub mod listener;
+pub mod tls;
+
+use std::{fmt, future::Future, io, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tracing::{info, warn};
+
+use self::{
+    connection::{Limits, Shared, Timing},
+    drain::{Drain, Shutdown},
+    listener::Listener,
+};
+use crate::{
+    message::{Request, Response},
+    telemetry::metrics::Process,
+};
+
+/// What answers requests. Any clonable closure of the right shape is one.
+pub trait Handler: Clone + Send + Sync + 'static {
+    /// The response to come. It never fails: what goes wrong is a response as well.
+    type Answer: Future<Output = Response> + Send + 'static;
+
+    /// Begins to answer. Called once per request, on the task of its connection.
+    fn call(&self, request: Request) -> Self::Answer;
+}
+
+impl<F, A> Handler for F
+where
+    F: Fn(Request) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Response> + Send + 'static,
+{
+    type Answer = A;
+
+    fn call(&self, request: Request) -> A {
+        self(request)
+    }
+}
+
+/// A listener that could not be opened.
+#[derive(Debug)]
+pub struct BindError {
+    address: String,
+    source: io::Error,
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot listen on {}", self.address)
+    }
+}
+
+impl std::error::Error for BindError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// What to listen on, and what each connection is held to.
+#[derive(Debug)]
+pub struct Server {
+    /// The listeners. One that cannot be opened fails them all.
+    pub listen: Vec<listener::Config>,
+    /// Connections open at once over all these listeners. At the limit no more are accepted; they wait in the
+    /// kernel's queue.
+    pub connections: usize,
+    /// What each connection is held to.
+    pub limits: Limits,
+    /// How long a connection may be silent.
+    pub timing: Timing,
+}
+
+impl Server {
+    /// Opens the listeners.
+    ///
+    /// # Errors
+    /// The first address that cannot be listened on. What was opened before it is closed again.
+    pub async fn bind(self) -> Result<Bound, BindError> {
+        let mut listeners = Vec::with_capacity(self.listen.len());
+        for config in self.listen {
+            let address = config.address.to_string();
+            listeners.push(Listener::open(config).await.map_err(|source| BindError { address, source })?);
+        }
+        Ok(Bound { listeners, connections: self.connections, limits: self.limits, timing: Arc::new(self.timing) })
+    }
+}
+
+/// Open listeners that do not accept yet.
+#[derive(Debug)]
+pub struct Bound {
+    listeners: Vec<Listener>,
+    connections: usize,
+    limits: Limits,
+    timing: Arc<Timing>,
+}
+
+/// How serving ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Every connection came to its end.
+    Drained,
+    /// This many connections were cut: the time was up, or a second signal came.
+    Cut(usize),
+}
+
+/// How long connections may take to be gone once they were cut.
+const CUT_GRACE: Duration = Duration::from_secs(1);
+
+impl Bound {
+    /// The addresses, in the order of the configuration, with the ports that the system chose.
+    pub fn addresses(&self) -> impl Iterator<Item = &listener::Address> {
+        self.listeners.iter().map(Listener::address)
+    }
+
+    /// The silence that connections are allowed; may be changed while they are open.
+    #[must_use]
+    pub fn timing(&self) -> Arc<Timing> {
+        self.timing.clone()
+    }
+
+    /// Accepts connections and serves them, until `shutdown` asks for an end and the connections have come
+    /// to theirs or were cut.
+    ///
+    /// Dropping the future cuts everything at once.
+    pub async fn run<H: Handler>(
+        self,
+        handler: H,
+        process: Process,
+        drain: drain::Config,
+        shutdown: Shutdown,
+    ) -> Outcome {
+        let draining = Drain::new();
+        let open = Arc::new(Semaphore::new(self.connections.min(Semaphore::MAX_PERMITS)));
+        let shared = Arc::new(Shared::new(handler, self.limits, self.timing, draining.clone()));
+        let mut loops = JoinSet::new();
+        for listener in self.listeners {
+            loops.spawn(listener.accept_loop(shared.clone(), open.clone(), process.clone()));
+        }
+
+        shutdown.asked().await;
+        if !drain.delay.is_zero() {
+            info!(delay = %drain.delay, "still accepting, not ready");
+            tokio::select! {
+                () = sleep(drain.delay.get()) => {}
+                () = shutdown.insisted() => {}
+            }
+        }
+        draining.begin();
+        info!(connections = process.connections.get(), timeout = %drain.timeout, "draining");
+        let ended = async { while loops.join_next().await.is_some() {} };
+        tokio::select! {
+            () = ended => return Outcome::Drained,
+            () = sleep(drain.timeout.get()) => {}
+            () = shutdown.insisted() => {}
+        }
+        let cut = usize::try_from(process.connections.get()).unwrap_or(0);
+        loops.abort_all();
+        // Aborted tasks are dropped by the runtime a moment later; then the sockets are closed.
+        if timeout(CUT_GRACE, async { while loops.join_next().await.is_some() {} }).await.is_err() {
+            warn!("connections did not end when they were cut");
+        }
+        Outcome::Cut(cut)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,159 @@
+//! The server over real sockets on the loopback, with a handler in place of the stack.
+
+#![expect(clippy::disallowed_methods, reason = "bodies of tests are short, and their tasks end with them")]
+
+use std::{convert::Infallible, net::SocketAddr};
+
+use bytes::Bytes;
+use http_body::Frame;
+use http_body_util::{BodyExt, StreamBody};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    sync::mpsc,
+    task::JoinHandle,
+};
+
+use super::{listener::Address, *};
+use crate::message::Body;
+
+/// A running server.
+struct Front {
+    address: SocketAddr,
+    shutdown: Shutdown,
+    process: Process,
+    running: JoinHandle<Outcome>,
+}
+
+fn loopback() -> listener::Config {
+    "127.0.0.1:0".parse::<Address>().unwrap().into()
+}
+
+fn server() -> Server {
+    Server { listen: vec![loopback()], connections: 100, limits: Limits::default(), timing: Timing::default() }
+}
+
+async fn start_with(server: Server, drain: drain::Config, handler: impl Handler) -> Front {
+    let bound = server.bind().await.unwrap();
+    let Some(Address::Tcp(address)) = bound.addresses().next().cloned() else { panic!("a TCP listener") };
+    let (shutdown, process) = (Shutdown::new(), Process::default());
+    let running = tokio::spawn(bound.run(handler, process.clone(), drain, shutdown.clone()));
+    Front { address, shutdown, process, running }
+}
+
+async fn start(handler: impl Handler) -> Front {
+    start_with(server(), drain::Config::default(), handler).await
+}
+
+impl Front {
+    async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.unwrap()
+    }
+
+    async fn has_open(&self, connections: i64) {
+        wait_until(|| self.process.connections.get() == connections).await;
+    }
+}
+
+async fn wait_until(mut condition: impl FnMut() -> bool) {
+    timeout(Duration::from_secs(5), async {
+        while !condition() {
+            sleep(Duration::from_millis(1)).await;
+        }
+    })
+    .await
+    .expect("the condition comes true within five seconds");
+}
+
+/// Answers the request's body, or its path where it has none.
+async fn echo(request: Request) -> Response {
+    let path = request.uri().path().to_owned();
+    let body = request.into_body();
+    if http_body::Body::is_end_stream(&body) {
+        return Response::new(Body::from(path));
+    }
+    Response::new(Body::from(body.collect().await.unwrap().to_bytes()))
+}
+
+/// Answers with a body that the test feeds.
+fn streaming() -> (mpsc::Sender<&'static str>, impl Handler) {
+    let (feed, eater) = mpsc::channel::<&'static str>(1);
+    let eater = Arc::new(std::sync::Mutex::new(Some(eater)));
+    let handler = move |_: Request| {
+        let mut eater = eater.lock().unwrap().take().expect("one request");
+        let frames = futures_util::stream::poll_fn(move |cx| eater.poll_recv(cx));
+        let frames = futures_util::StreamExt::map(frames, |text| Ok::<_, Infallible>(Frame::data(Bytes::from(text))));
+        std::future::ready(Response::new(Body::new(StreamBody::new(frames))))
+    };
+    (feed, handler)
+}
+
+async fn read_until(stream: &mut TcpStream, end: &str) -> String {
+    let mut read = Vec::new();
+    timeout(Duration::from_secs(5), async {
+        while !String::from_utf8_lossy(&read).contains(end) {
+            let mut buf = [0; 1024];
+            let n = stream.read(&mut buf).await.unwrap();
+            assert_ne!(n, 0, "the connection ended after {:?}", String::from_utf8_lossy(&read));
+            read.extend_from_slice(&buf[..n]);
+        }
+    })
+    .await
+    .unwrap_or_else(|_| panic!("{end:?} does not come"));
+    String::from_utf8(read).unwrap()
+}
+
+/// Everything until the end; the error of a reset.
+async fn rest(stream: &mut TcpStream) -> io::Result<String> {
+    let mut read = String::new();
+    timeout(Duration::from_secs(10), stream.read_to_string(&mut read)).await.expect("the connection ends")?;
+    Ok(read)
+}
+
+#[tokio::test]
+async fn requests_of_one_connection_are_answered_in_turn() {
+    let front = start(echo).await;
+    let mut client = front.connect().await;
+    client.write_all(b"GET /one HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    assert!(read_until(&mut client, "/one").await.starts_with("HTTP/1.1 200 OK\r\n"));
+    client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\ntwo").await.unwrap();
+    read_until(&mut client, "two").await;
+    front.has_open(1).await;
+}
+
+#[tokio::test]
+async fn a_drain_closes_idle_connections_and_lets_streams_end() {
+    let (feed, handler) = streaming();
+    let front = start(handler).await;
+    let mut idle = front.connect().await;
+    let mut client = front.connect().await;
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    feed.send("first").await.unwrap();
+    read_until(&mut client, "first").await;
+    front.has_open(2).await;
+
+    front.shutdown.ask();
+    assert_eq!(rest(&mut idle).await.unwrap(), "");
+    wait_until(|| std::net::TcpStream::connect(front.address).is_err()).await;
+    feed.send("last").await.unwrap();
+    read_until(&mut client, "last").await;
+    drop(feed);
+    assert!(rest(&mut client).await.unwrap().ends_with("0\r\n\r\n"));
+    assert_eq!(front.running.await.unwrap(), Outcome::Drained);
+}
+
+#[tokio::test]
+async fn a_second_request_to_stop_cuts_streams_visibly() {
+    let (feed, handler) = streaming();
+    let front = start(handler).await;
+    let mut client = front.connect().await;
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    feed.send("first").await.unwrap();
+    read_until(&mut client, "first").await;
+
+    front.shutdown.ask();
+    front.shutdown.ask();
+    let end = rest(&mut client).await.unwrap();
+    assert!(!end.contains("0\r\n\r\n"), "no clean end: {end:?}");
+    assert_eq!(front.running.await.unwrap(), Outcome::Cut(1));
+}
