@@ -9,6 +9,7 @@
 //! | [`access_log`] | `Exchange` | `RequestId` |
 //! | [`security_headers`] | | `Exchange` (https) |
 //! | [`errors`] | `Exchange` (error, cause) | `RequestId`, `Exchange` |
+//! | [`hygiene`] | `Exchange` (client address, https) | `Connection` |
 //! | [`body_limit`] | | |
 //! | [`deadline`] | | |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
@@ -17,6 +18,7 @@ pub mod access_log;
 pub mod body_limit;
 pub mod deadline;
 pub mod errors;
+pub mod hygiene;
 pub mod request_id;
 pub mod security_headers;
 pub mod timeouts;
