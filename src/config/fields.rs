@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, cmp::Ordering};
 
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, Method};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, de::Error};
 
@@ -13,6 +13,43 @@ pub struct FieldName(HeaderName);
 /// The value of a header field (RFC 9110 §5.5): visible characters, spaces and tabs.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct FieldValue(HeaderValue);
+
+/// A method (RFC 9110 §9.1): upper-case as methods are, or any other token.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct MethodName(Method);
+
+impl MethodName {
+    /// The method's text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+}
+
+impl<'de> Deserialize<'de> for MethodName {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(from)?;
+        let known =
+            [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::PATCH, Method::DELETE, Method::OPTIONS];
+        // Methods are case-sensitive: `get` would never match anything.
+        if let Some(meant) =
+            known.iter().find(|known| known.as_str() != text && known.as_str().eq_ignore_ascii_case(&text))
+        {
+            return Err(D::Error::custom(format!("`{text}` is no method: write `{meant}`")));
+        }
+        Method::from_bytes(text.as_bytes()).map(Self).map_err(|_| D::Error::custom(format!("`{text}` is no method")))
+    }
+}
+
+impl JsonSchema for MethodName {
+    fn schema_name() -> Cow<'static, str> {
+        "Method".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "description": "A method, in capitals.", "pattern": "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$" })
+    }
+}
 
 impl FieldName {
     /// The name.

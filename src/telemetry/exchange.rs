@@ -52,6 +52,22 @@ pub struct Facts {
     pub tunnel: Option<Box<dyn Any + Send>>,
 }
 
+impl Facts {
+    /// Notes the route, which counts the request among those in flight until the record is gone.
+    pub fn enter(&mut self, route: Arc<RouteMetrics>) {
+        route.in_flight.inc();
+        self.route = Some(route);
+    }
+}
+
+impl Drop for Facts {
+    fn drop(&mut self) {
+        if let Some(route) = &self.route {
+            route.in_flight.dec();
+        }
+    }
+}
+
 impl Exchange {
     /// A new record, begun at `started`.
     #[must_use]
