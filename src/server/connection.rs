@@ -43,10 +43,11 @@ use tokio::{
     sync::{OwnedSemaphorePermit, futures::OwnedNotified},
     time::{Instant, Sleep, sleep_until},
 };
+use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use super::{Handler, drain::Drain};
-use crate::message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request, Response};
+use super::{Handler, drain::Drain, proxy_protocol, tls::Tls};
+use crate::message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request};
 
 /// What begins an HTTP/2 connection, RFC 9113 §3.4.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -274,23 +275,23 @@ pub(super) enum Socket {
 
 /// Calls a method of whatever stands inside.
 macro_rules! each {
-    ($self:ident, $method:ident ( $($argument:expr),* )) => {
+    ($self:ident, [$first:ident, $second:ident], $method:ident ( $($argument:expr),* )) => {
         match $self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).$method($($argument),*),
-            Self::Unix(stream) => Pin::new(stream).$method($($argument),*),
+            Self::$first(stream) => Pin::new(stream).$method($($argument),*),
+            Self::$second(stream) => Pin::new(stream).$method($($argument),*),
         }
     };
 }
 
 impl AsyncRead for Socket {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        each!(self, poll_read(cx, buf))
+        each!(self, [Tcp, Unix], poll_read(cx, buf))
     }
 }
 
 impl AsyncWrite for Socket {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        each!(self, poll_write(cx, buf))
+        each!(self, [Tcp, Unix], poll_write(cx, buf))
     }
 
     fn poll_write_vectored(
@@ -298,7 +299,7 @@ impl AsyncWrite for Socket {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        each!(self, poll_write_vectored(cx, bufs))
+        each!(self, [Tcp, Unix], poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -306,11 +307,11 @@ impl AsyncWrite for Socket {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, poll_flush(cx))
+        each!(self, [Tcp, Unix], poll_flush(cx))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(self, poll_shutdown(cx))
+        each!(self, [Tcp, Unix], poll_shutdown(cx))
     }
 }
 
@@ -324,10 +325,91 @@ impl Socket {
     }
 }
 
+/// What a listener asks of its connections before HTTP.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Transport {
+    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) proxy_protocol: bool,
+}
+
+impl Transport {
+    /// What stands before HTTP, or nothing. `client_header` bounds it, as it bounds the first request.
+    fn greet(&self, mut socket: Socket, peer: Peer) -> Result<Greeting, Socket> {
+        let Self { tls, proxy_protocol } = self.clone();
+        if tls.is_none() && !proxy_protocol {
+            return Err(socket);
+        }
+        Ok(Box::pin(async move {
+            let mut peer = peer;
+            if proxy_protocol && let Some(named) = proxy_protocol::read(&mut socket).await? {
+                peer = named;
+            }
+            let Some(tls) = tls else { return Ok((Stream::Plain(socket), Facts::new(peer, false), None)) };
+            let stream = tls.accept(socket).await?;
+            let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            Ok((Stream::Tls(Box::new(stream)), Facts::new(peer, true), Some(http2)))
+        }))
+    }
+}
+
+/// The stream that HTTP is spoken on, and whether ALPN chose HTTP/2 for it.
+type Greeting = Pin<Box<dyn Future<Output = Result<(Stream, Facts, Option<bool>), BoxError>> + Send>>;
+
+/// A stream that HTTP is spoken on.
+enum Stream {
+    Plain(Socket),
+    /// Boxed: more than a kilobyte, and not the usual one.
+    Tls(Box<TlsStream<Socket>>),
+}
+
+impl Stream {
+    fn socket(&self) -> &Socket {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Tls(stream) => stream.get_ref().0,
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, [Plain, Tls], poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, [Plain, Tls], poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, [Plain, Tls], poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match self {
+            Self::Plain(_) => true,
+            Self::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, [Plain, Tls], poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, [Plain, Tls], poll_shutdown(cx))
+    }
+}
+
 /// The transport as hyper sees it: marks what it reads, gives back the bytes that were read to tell HTTP/2 from
 /// HTTP/1.1, and closes with care.
 struct Io {
-    stream: Socket,
+    stream: Stream,
     first: First,
     lingered: u32,
     shut: bool,
@@ -349,16 +431,18 @@ impl First {
 }
 
 impl Io {
-    fn new(stream: Socket, watch: Arc<Watch>) -> Self {
+    fn new(stream: Stream, watch: Arc<Watch>) -> Self {
         Self { stream, first: First::default(), lingered: 0, shut: false, watch }
     }
 
-    /// Whether the connection begins as HTTP/2. `None` where it ended without a byte.
-    fn poll_is_http2(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<bool>>> {
+    /// Whether the connection is HTTP/2: by ALPN, or else by its first bytes. `None` where it ended without one.
+    fn poll_is_http2(&mut self, cx: &mut Context<'_>, alpn: Option<bool>) -> Poll<io::Result<Option<bool>>> {
         loop {
             let read = usize::from(self.first.filled);
-            if self.first.bytes[..read] != PREFACE[..read] {
-                return Poll::Ready(Ok(Some(false)));
+            match alpn {
+                Some(chosen) if read > 0 => return Poll::Ready(Ok(Some(chosen))),
+                None if self.first.bytes[..read] != PREFACE[..read] => return Poll::Ready(Ok(Some(false))),
+                _ => {}
             }
             if read == PREFACE.len() {
                 return Poll::Ready(Ok(Some(true)));
@@ -466,7 +550,7 @@ impl AsyncWrite for Io {
 impl Drop for Io {
     fn drop(&mut self) {
         if self.watch.is(RESET) {
-            self.stream.reset();
+            self.stream.socket().reset();
         }
         self.watch.set(CLOSED);
         self.watch.owner.wake();
@@ -481,7 +565,7 @@ struct Leaf<H> {
 }
 
 impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
-    type Response = http::Response<Counted>;
+    type Response = http::Response<Counted<H::Body>>;
     type Error = Infallible;
     type Future = Answer<H::Answer>;
 
@@ -510,8 +594,12 @@ pin_project_lite::pin_project! {
     }
 }
 
-impl<F: Future<Output = Response>> Future for Answer<F> {
-    type Output = Result<http::Response<Counted>, Infallible>;
+impl<F, B> Future for Answer<F>
+where
+    F: Future<Output = http::Response<B>>,
+    B: HttpBody,
+{
+    type Output = Result<http::Response<Counted<B>>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
@@ -563,23 +651,35 @@ impl Drop for Inbound {
     }
 }
 
-/// A response's body, in flight until it is dropped.
-struct Counted {
-    body: Body,
-    /// The client takes the connection's end for the body's: HTTP/1.0 without a length.
-    by_close: bool,
-    ended: bool,
-    in_flight: InFlight,
+pin_project_lite::pin_project! {
+    /// A response's body, in flight until it is dropped.
+    struct Counted<B: HttpBody> {
+        #[pin]
+        body: B,
+        // The client takes the connection's end for the body's: HTTP/1.0 without a length.
+        by_close: bool,
+        ended: bool,
+        in_flight: InFlight,
+    }
+
+    impl<B: HttpBody> PinnedDrop for Counted<B> {
+        fn drop(this: Pin<&mut Self>) {
+            if this.by_close && !this.ended && !this.body.is_end_stream() {
+                this.in_flight.0.set(RESET);
+            }
+        }
+    }
 }
 
-impl HttpBody for Counted {
-    type Data = Bytes;
-    type Error = BoxError;
+impl<B: HttpBody> HttpBody for Counted<B> {
+    type Data = B::Data;
+    type Error = B::Error;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let polled = Pin::new(&mut self.body).poll_frame(cx);
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
+        let this = self.project();
+        let polled = this.body.poll_frame(cx);
         if let Poll::Ready(None) = polled {
-            self.ended = true;
+            *this.ended = true;
         }
         polled
     }
@@ -590,14 +690,6 @@ impl HttpBody for Counted {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        if self.by_close && !self.ended && !self.body.is_end_stream() {
-            self.in_flight.0.set(RESET);
-        }
     }
 }
 
@@ -613,8 +705,10 @@ impl Drop for Tunnel {
 
 #[expect(clippy::large_enum_variant, reason = "the large one is the usual one; HTTP/2, larger still, is boxed")]
 enum State<H: Handler> {
+    /// Before HTTP: the PROXY protocol, TLS.
+    Greeting(Greeting),
     /// Waiting for the first bytes.
-    First(Io, Facts),
+    First(Io, Facts, Option<bool>),
     Http1(http1::UpgradeableConnection<TokioIo<Io>, Leaf<H>>),
     Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>),
     Tunnel(Tunnel),
@@ -661,7 +755,7 @@ enum Look {
 }
 
 impl<H: Handler> Serve<H> {
-    pub(super) fn new(socket: Socket, peer: Peer, open: Open, shared: Arc<Shared<H>>) -> Self {
+    pub(super) fn new(socket: Socket, peer: Peer, transport: &Transport, open: Open, shared: Arc<Shared<H>>) -> Self {
         let accepted = Instant::now();
         let watch = Arc::new(Watch {
             accepted,
@@ -673,8 +767,12 @@ impl<H: Handler> Serve<H> {
             tunnel: AtomicWaker::new(),
             _open: open,
         });
+        let state = match transport.greet(socket, peer) {
+            Ok(greeting) => State::Greeting(greeting),
+            Err(socket) => State::First(Io::new(Stream::Plain(socket), watch.clone()), Facts::new(peer, false), None),
+        };
         Self {
-            state: State::First(Io::new(socket, watch.clone()), Facts::new(peer, false)),
+            state,
             timer: sleep_until(accepted + shared.timing.client_header()),
             told: shared.drain.told(),
             shared,
@@ -702,9 +800,18 @@ impl<H: Handler> State<H> {
     fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Poll<()> {
         loop {
             match self {
-                Self::First(io, _) => {
-                    let http2 = ready!(io.poll_is_http2(cx));
-                    let Self::First(io, facts) = std::mem::replace(self, Self::Ended) else { return Poll::Ready(()) };
+                Self::Greeting(greeting) => match ready!(greeting.as_mut().poll(cx)) {
+                    Ok((stream, facts, alpn)) => *self = Self::First(Io::new(stream, watch.clone()), facts, alpn),
+                    Err(error) => {
+                        debug!(error = %error, "no connection");
+                        *self = Self::Ended;
+                    }
+                },
+                Self::First(io, _, alpn) => {
+                    let http2 = ready!(io.poll_is_http2(cx, *alpn));
+                    let Self::First(io, facts, _) = std::mem::replace(self, Self::Ended) else {
+                        return Poll::Ready(());
+                    };
                     *self = match http2 {
                         Ok(Some(true)) => Self::http2(io, facts, shared, watch),
                         Ok(Some(false)) => Self::http1(io, facts, shared, watch),
@@ -740,7 +847,7 @@ impl<H: Handler> State<H> {
     /// Says that no further request will be answered. False where there is nobody to say it to yet.
     fn close(&mut self) -> bool {
         match self {
-            Self::First(..) => return false,
+            Self::Greeting(_) | Self::First(..) => return false,
             Self::Http1(connection) => Pin::new(connection).graceful_shutdown(),
             Self::Http2(connection) => Pin::new(&mut **connection).graceful_shutdown(),
             Self::Tunnel(_) | Self::Ended => {}
@@ -864,6 +971,229 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
         _ if now < due => Look::Again(due),
         State::Http1(_) if head.is_some() => Look::Drop(why),
         State::Http1(_) | State::Http2(_) => Look::Close,
-        State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),
+        State::Greeting(_) | State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "tasks of tests end with them")]
+mod tests {
+    use std::future::{pending, ready as now};
+
+    use futures_util::FutureExt;
+    use http::header::{CONNECTION, UPGRADE};
+    use http_body_util::Empty;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        sync::Semaphore,
+        task::JoinHandle,
+        time::{sleep, timeout},
+    };
+
+    use super::*;
+    use crate::message::Response;
+
+    /// A connection whose far end the test holds, allowed 30 s for a head and 75 s between requests.
+    fn serve(handler: impl Handler) -> (UnixStream, JoinHandle<()>, Drain) {
+        let (client, server) = UnixStream::pair().unwrap();
+        let drain = Drain::new();
+        let shared = Arc::new(Shared::new(handler, Limits::default(), Arc::default(), drain.clone()));
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let open = Open::new(permit, Gauge::default());
+        let transport = Transport::default();
+        (client, tokio::spawn(Serve::new(Socket::Unix(server), Peer::Unix, &transport, open, shared)), drain)
+    }
+
+    fn hello(_: Request) -> impl Future<Output = Response> + Send {
+        now(Response::new(Body::from("hello")))
+    }
+
+    /// Whether the connection ends `after` so long, and not half a second earlier.
+    async fn ends_after(client: &mut UnixStream, after: Duration) {
+        let mut rest = Vec::new();
+        let half = Duration::from_millis(500);
+        assert!(timeout(after.saturating_sub(half), client.read_to_end(&mut rest)).await.is_err(), "it ends too early");
+        timeout(2 * half, client.read_to_end(&mut rest)).await.expect("it ends in time").unwrap();
+    }
+
+    async fn answer(client: &mut UnixStream) {
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"hello") {
+            assert_ne!(client.read_buf(&mut answer).await.unwrap(), 0);
+        }
+    }
+
+    const fn secs(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_without_a_byte_is_closed() {
+        let (mut client, _serving, _) = serve(hello);
+        ends_after(&mut client, secs(30)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_drips_is_not_waited_for() {
+        let (mut client, _serving, _) = serve(hello);
+        client.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        sleep(secs(20)).await;
+        client.write_all(b"host: a\r\n").await.unwrap();
+        ends_after(&mut client, secs(10)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_head_has_its_own_time() {
+        let (mut client, _serving, _) = serve(hello);
+        for _ in 0..3 {
+            sleep(secs(25)).await;
+            client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+            answer(&mut client).await;
+        }
+        sleep(secs(25)).await;
+        client.write_all(b"GET / HTTP/1.1\r\nho").await.unwrap();
+        ends_after(&mut client, secs(30)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_rests_between_requests_no_longer_than_it_may() {
+        let (mut client, _serving, _) = serve(hello);
+        for _ in 0..2 {
+            client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+            answer(&mut client).await;
+            sleep(secs(70)).await;
+        }
+        ends_after(&mut client, secs(5)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_in_flight_is_not_silence() {
+        let slow = |_: Request| sleep(secs(500)).map(|()| Response::new(Body::from("hello")));
+        let (mut client, _serving, _) = serve(slow);
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        answer(&mut client).await;
+        ends_after(&mut client, secs(75)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_http2_connection_without_streams_is_told_to_go() {
+        let (mut client, _serving, _) = serve(hello);
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        let mut read = Vec::new();
+        assert!(timeout(secs(29), client.read_to_end(&mut read)).await.is_err(), "it ends too early");
+        assert!(!has_frame(&read, 7));
+        // It does not answer the PING between the GOAWAYs.
+        timeout(secs(7), client.read_to_end(&mut read)).await.expect("it ends in time").unwrap();
+        assert!(has_frame(&read, 7), "GOAWAY: {read:?}");
+    }
+
+    /// Whether HTTP/2 frames have one of this type among them.
+    fn has_frame(mut frames: &[u8], kind: u8) -> bool {
+        while let [a, b, c, of, rest @ ..] = frames {
+            if *of == kind {
+                return true;
+            }
+            let length = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
+            frames = &rest[5 + length..];
+        }
+        false
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_answers_what_was_sent_before_it() {
+        let (mut client, serving, drain) = serve(|request| sleep(secs(1)).then(|()| hello(request)));
+        // The connection has not run yet: the request lies in the socket.
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        drain.begin();
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.contains("connection: close\r\n") && answer.ends_with("hello"), "{answer}");
+        serving.await.unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_closes_at_once_what_rests() {
+        let (mut client, serving, drain) = serve(hello);
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        answer(&mut client).await;
+        drain.begin();
+        timeout(Duration::from_millis(1), serving).await.expect("at once").unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_goes_on_sending_gets_its_answer() {
+        const BODY: &[u8] = &[0; 600_000];
+        // The body is not read: the answer is there before it.
+        let (mut client, _serving, _) = serve(hello);
+        client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 600000\r\n\r\n").await.unwrap();
+        let (mut reader, mut writer) = client.split();
+        let mut answer = String::new();
+        let (sent, read) = tokio::join!(writer.write_all(BODY), async {
+            let read = reader.read_to_string(&mut answer).await;
+            (read, answer)
+        });
+        sent.unwrap();
+        read.0.unwrap();
+        assert!(read.1.ends_with("hello"), "{}", read.1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_never_stops_sending_is_left() {
+        let (mut client, serving, _) = serve(hello);
+        client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 600000\r\n\r\nabc").await.unwrap();
+        answer(&mut client).await;
+        timeout(secs(6), serving).await.expect("it is not waited for").unwrap();
+    }
+
+    fn switching(_: Request) -> impl Future<Output = Response> + Send {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        response.headers_mut().insert(CONNECTION, "upgrade".parse().unwrap());
+        response.headers_mut().insert(UPGRADE, "echo".parse().unwrap());
+        now(response)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_lives_through_a_drain_and_ends_with_its_connection() {
+        let (ended, mut tunnelled) = tokio::sync::mpsc::channel(1);
+        let handler = move |mut request: Request| {
+            let (upgrade, ended) = (hyper::upgrade::on(&mut request), ended.clone());
+            tokio::spawn(async move {
+                let mut io = TokioIo::new(upgrade.await.unwrap());
+                let mut buf = [0; 16];
+                while let Ok(n) = io.read(&mut buf).await {
+                    io.write_all(&buf[..n]).await.unwrap();
+                }
+                ended.send(()).await.unwrap();
+            });
+            switching(request)
+        };
+        let (mut client, serving, drain) = serve(handler);
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n").await.unwrap();
+        let mut read = Vec::new();
+        while !read.ends_with(b"\r\n\r\n") {
+            client.read_buf(&mut read).await.unwrap();
+        }
+        drain.begin();
+        sleep(secs(200)).await;
+        client.write_all(b"ping").await.unwrap();
+        let mut pong = [0; 4];
+        client.read_exact(&mut pong).await.unwrap();
+        assert_eq!(&pong, b"ping");
+        assert!(!serving.is_finished(), "it is counted");
+
+        serving.abort();
+        timeout(secs(1), tunnelled.recv()).await.expect("it is cut");
+        assert_eq!(client.read(&mut pong).await.unwrap(), 0);
+    }
+
+    #[test]
+    fn a_connection_is_small() {
+        fn size<H: Handler>(_: H) -> (usize, usize) {
+            (size_of::<Serve<H>>(), size_of::<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>())
+        }
+        let (connection, http2) = size(|_: Request| pending::<http::Response<Empty<Bytes>>>());
+        assert!(connection <= 1200, "{connection} bytes, and {http2} of HTTP/2 in a box of its own");
+        println!("{connection} bytes, and {http2} of HTTP/2 in a box of its own; {} to watch", size_of::<Watch>());
     }
 }

@@ -28,8 +28,8 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     Handler,
-    connection::{Open, Serve, Shared, Socket},
-    tls,
+    connection::{Open, Serve, Shared, Socket, Transport},
+    tls::{self, Tls},
 };
 use crate::{message::Peer, telemetry::metrics::Process};
 
@@ -188,6 +188,7 @@ impl JsonSchema for Config {
 pub(super) struct Listener {
     socket: ListenSocket,
     address: Address,
+    transport: Transport,
 }
 
 #[derive(Debug)]
@@ -199,9 +200,8 @@ enum ListenSocket {
 impl Listener {
     #[expect(clippy::unused_async, reason = "tokio's listeners must be made within a runtime")]
     pub(super) async fn open(config: Config) -> io::Result<Self> {
-        if config.tls.is_some() || config.proxy_protocol {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "TLS and the PROXY protocol are not built yet"));
-        }
+        let tls = config.tls.map(Tls::open).transpose()?.map(Arc::new);
+        let transport = Transport { tls, proxy_protocol: config.proxy_protocol };
         let (socket, address) = match config.address {
             Address::Tcp(address) => {
                 let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
@@ -218,11 +218,15 @@ impl Listener {
             }
         };
         info!(%address, "listening");
-        Ok(Self { socket, address })
+        Ok(Self { socket, address, transport })
     }
 
     pub(super) fn address(&self) -> &Address {
         &self.address
+    }
+
+    pub(super) fn tls(&self) -> Option<Arc<Tls>> {
+        self.transport.tls.clone()
     }
 
     /// Accepts until the drain begins, then waits for its connections. Dropped, it cuts them.
@@ -233,7 +237,7 @@ impl Listener {
         let serve = |connections: &mut JoinSet<()>, permit: OwnedSemaphorePermit, (socket, peer): (Socket, Peer)| {
             process.accepted.inc();
             let open = Open::new(permit, process.connections.clone());
-            connections.spawn(Serve::new(socket, peer, open, shared.clone()));
+            connections.spawn(Serve::new(socket, peer, &self.transport, open, shared.clone()));
         };
         loop {
             // The permit comes first: at the limit, further connections stay in the kernel's queue.

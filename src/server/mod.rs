@@ -10,14 +10,17 @@
 pub mod connection;
 pub mod drain;
 pub mod listener;
+mod proxy_protocol;
 pub mod tls;
 
 use std::{fmt, future::Future, io, sync::Arc, time::Duration};
 
+use bytes::Bytes;
+use http_body::Body as HttpBody;
 use tokio::{
     sync::Semaphore,
-    task::JoinSet,
-    time::{sleep, timeout},
+    task::{JoinSet, spawn_blocking},
+    time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::{info, warn};
 
@@ -25,26 +28,31 @@ use self::{
     connection::{Limits, Shared, Timing},
     drain::{Drain, Shutdown},
     listener::Listener,
+    tls::Tls,
 };
 use crate::{
-    message::{Request, Response},
+    message::{BoxError, Request},
     telemetry::metrics::Process,
 };
 
 /// What answers requests. Any clonable closure of the right shape is one.
 pub trait Handler: Clone + Send + Sync + 'static {
+    /// The body of the response.
+    type Body: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static;
     /// The response to come. It never fails: what goes wrong is a response as well.
-    type Answer: Future<Output = Response> + Send + 'static;
+    type Answer: Future<Output = http::Response<Self::Body>> + Send + 'static;
 
     /// Begins to answer. Called once per request, on the task of its connection.
     fn call(&self, request: Request) -> Self::Answer;
 }
 
-impl<F, A> Handler for F
+impl<F, A, B> Handler for F
 where
     F: Fn(Request) -> A + Clone + Send + Sync + 'static,
-    A: Future<Output = Response> + Send + 'static,
+    A: Future<Output = http::Response<B>> + Send + 'static,
+    B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
 {
+    type Body = B;
     type Answer = A;
 
     fn call(&self, request: Request) -> A {
@@ -147,6 +155,11 @@ impl Bound {
         let draining = Drain::new();
         let open = Arc::new(Semaphore::new(self.connections.min(Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared::new(handler, self.limits, self.timing, draining.clone()));
+        let certificates: Vec<_> = self.listeners.iter().filter_map(Listener::tls).collect();
+        let mut chores = JoinSet::new();
+        if !certificates.is_empty() {
+            chores.spawn(look_at(certificates));
+        }
         let mut loops = JoinSet::new();
         for listener in self.listeners {
             loops.spawn(listener.accept_loop(shared.clone(), open.clone(), process.clone()));
@@ -175,6 +188,19 @@ impl Bound {
             warn!("connections did not end when they were cut");
         }
         Outcome::Cut(cut)
+    }
+}
+
+/// Looks for new certificates until it is dropped.
+async fn look_at(certificates: Vec<Arc<Tls>>) {
+    let mut every = interval(tls::LOOK_EVERY);
+    every.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        let certificates = certificates.clone();
+        if spawn_blocking(move || certificates.iter().for_each(|tls| tls.look())).await.is_err() {
+            warn!("looking for new certificates failed");
+        }
     }
 }
 

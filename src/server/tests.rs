@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use super::{listener::Address, *};
-use crate::message::Body;
+use crate::message::{Body, Response};
 
 /// A running server.
 struct Front {
@@ -156,4 +156,120 @@ async fn a_second_request_to_stop_cuts_streams_visibly() {
     let end = rest(&mut client).await.unwrap();
     assert!(!end.contains("0\r\n\r\n"), "no clean end: {end:?}");
     assert_eq!(front.running.await.unwrap(), Outcome::Cut(1));
+}
+
+#[tokio::test]
+async fn beyond_the_limit_connections_wait_to_be_accepted() {
+    let front = start_with(Server { connections: 2, ..server() }, drain::Config::default(), echo).await;
+    let first = front.connect().await;
+    let _second = front.connect().await;
+    front.has_open(2).await;
+    let mut third = front.connect().await;
+    third.write_all(b"GET /third HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut buf = [0];
+    assert!(timeout(Duration::from_millis(100), third.read(&mut buf)).await.is_err(), "it is not served yet");
+    assert_eq!(front.process.accepted.get(), 2);
+    drop(first);
+    read_until(&mut third, "/third").await;
+    assert_eq!(front.process.connections.get(), 2);
+}
+
+#[tokio::test]
+async fn a_broken_stream_looks_broken_to_http_1_0() {
+    let broken = |_: Request| {
+        let frames = ["some", ""].map(|text| match text {
+            "" => Err(io::Error::other("broken off")),
+            text => Ok(Frame::data(Bytes::from(text))),
+        });
+        std::future::ready(Response::new(Body::new(StreamBody::new(futures_util::stream::iter(frames)))))
+    };
+    let front = start(broken).await;
+    let mut client = front.connect().await;
+    client.write_all(b"GET / HTTP/1.0\r\nhost: a\r\n\r\n").await.unwrap();
+    assert_eq!(rest(&mut client).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+}
+
+#[tokio::test]
+async fn a_whole_stream_looks_whole_to_http_1_0() {
+    let (feed, handler) = streaming();
+    let front = start(handler).await;
+    let mut client = front.connect().await;
+    client.write_all(b"GET / HTTP/1.0\r\nhost: a\r\n\r\n").await.unwrap();
+    feed.send("whole").await.unwrap();
+    drop(feed);
+    assert!(rest(&mut client).await.unwrap().ends_with("whole"));
+}
+
+#[tokio::test]
+async fn a_listener_that_asks_for_the_proxy_header_believes_it_and_refuses_others() {
+    let peer = |request: Request| {
+        let peer = request.extensions().get::<crate::message::Connection>().unwrap().peer().to_string();
+        std::future::ready(Response::new(Body::from(peer)))
+    };
+    let listen = vec![listener::Config { proxy_protocol: true, ..loopback() }];
+    let front = start_with(Server { listen, ..server() }, drain::Config::default(), peer).await;
+    let mut client = front.connect().await;
+    client.write_all(b"PROXY TCP4 203.0.113.7 10.0.0.1 4711 80\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    read_until(&mut client, "203.0.113.7:4711").await;
+
+    let mut client = front.connect().await;
+    client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    // Closing over what was not read is a reset.
+    assert!(rest(&mut client).await.is_ok_and(|rest| rest.is_empty()) || client.read(&mut [0]).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_dead_unix_socket_is_replaced_and_a_live_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("front.sock");
+    let listen = || Server { listen: vec![Address::Unix(path.clone()).into()], ..server() };
+    // A process that died leaves its file behind.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let bound = listen().bind().await.unwrap();
+    let error = listen().bind().await.unwrap_err();
+    assert_eq!(error.to_string(), format!("cannot listen on unix:{}", path.display()));
+    assert!(path.exists(), "the first one's file is left alone");
+    drop(bound);
+    assert!(!path.exists(), "it is removed at the end");
+
+    std::fs::write(&path, "a file of somebody's").unwrap();
+    assert!(listen().bind().await.is_err());
+    assert!(path.exists(), "what is no socket is left alone");
+}
+
+#[tokio::test]
+async fn tls_speaks_http2_where_alpn_chose_it() {
+    use rustls::{ClientConfig, RootCertStore, crypto::ring, pki_types::ServerName};
+
+    let folder = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let files = tls::Config { certificate: folder.path().join("crt"), key: folder.path().join("key") };
+    std::fs::write(&files.certificate, made.cert.pem()).unwrap();
+    std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();
+    let listen = vec![listener::Config { tls: Some(files), ..loopback() }];
+    let encrypted = |request: Request| {
+        let (tls, version) =
+            (request.extensions().get::<crate::message::Connection>().unwrap().tls(), request.version());
+        std::future::ready(Response::new(Body::from(format!("{tls} {version:?}"))))
+    };
+    let front = start_with(Server { listen, ..server() }, drain::Config::default(), encrypted).await;
+
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).unwrap();
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    let name = ServerName::try_from("localhost").unwrap();
+    let stream = connector.connect(name, front.connect().await).await.unwrap();
+    let io = hyper_util::rt::TokioIo::new(stream);
+    let (mut send, connection) =
+        hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), io).await.unwrap();
+    tokio::spawn(connection);
+    let request = http::Request::get("https://localhost/").body(Body::empty()).unwrap();
+    let answer = send.send_request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
+    assert_eq!(answer, "true HTTP/2.0");
 }
