@@ -14,12 +14,13 @@ use std::{
     cmp::Reverse,
     collections::BTreeMap,
     fmt,
+    net::Ipv6Addr,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use futures_util::future::Either;
-use http::{HeaderMap, HeaderValue, Method, header::HOST};
+use http::{HeaderMap, Method, header::HOST};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use tower::Service;
@@ -55,20 +56,29 @@ impl Check for Match {
     fn check(&self, problems: &mut Problems) {
         if let Some(host) = &self.host {
             let name = host.strip_prefix("*.").unwrap_or(host);
-            let legal = |c: char| c.is_ascii_alphanumeric() || "-._[]:".contains(c);
-            let port = !name.starts_with('[') && name.contains(':');
-            if name.is_empty() || !name.chars().all(legal) || port {
-                let message = format!("`{host}` is no host: `api.example.com`, or `*.example.com`, without a port");
+            let is_label = |label: &str| {
+                !label.is_empty() && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_~".contains(&byte))
+            };
+            let address = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+            if !(name.split('.').all(is_label) || address.is_some_and(|ip| ip.parse::<Ipv6Addr>().is_ok())) {
+                let message = format!(
+                    "`{host}` is no host: `api.example.com`, `*.example.com` or `[::1]`, without a port; other \
+                     scripts in punycode"
+                );
                 problems.add("host", message);
             }
         }
         if self.method.as_ref().is_some_and(|methods| methods.iter().next().is_none()) {
             problems.add("method", "is an empty list, which nothing matches: leave it out to match every method");
         }
+        if self.headers.keys().any(|name| *name.get() == HOST) {
+            problems.add("headers", "holds `host`, which has a key of its own: `host`");
+        }
     }
 }
 
-/// The match in words, `POST api.example.com/v1/*`: what a route without a name is called.
+/// The match in words, `POST api.example.com/v1/*`: what a route without a name is called. It stands in logs
+/// and metrics, so values of headers, which may be secret, are not in it.
 impl fmt::Display for Match {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(methods) = &self.method {
@@ -80,8 +90,8 @@ impl fmt::Display for Match {
             Some(path) => write!(f, "{path}")?,
             None => f.write_str("/*")?,
         }
-        for (name, value) in &self.headers {
-            write!(f, " {}={}", name.get(), String::from_utf8_lossy(value.get().as_bytes()))?;
+        for (n, name) in self.headers.keys().enumerate() {
+            write!(f, "{}{}", if n > 0 { ", " } else { " with " }, name.get())?;
         }
         Ok(())
     }
@@ -130,9 +140,13 @@ fn host_matches(pattern: &[u8], host: &[u8]) -> bool {
     }
 }
 
-/// The host of a `Host` field without its port and trailing dot.
-fn host(headers: &HeaderMap) -> &[u8] {
-    let value = headers.get(HOST).map_or(b"".as_slice(), HeaderValue::as_bytes);
+/// The host that a request asks for, without its port and trailing dot: `Host`, which `layers::hygiene` makes
+/// true, or that of the target. Empty where there is neither.
+fn host<B>(request: &http::Request<B>) -> &[u8] {
+    let value = match request.headers().get(HOST) {
+        Some(host) => host.as_bytes(),
+        None => request.uri().authority().map_or(b"".as_slice(), |authority| authority.as_str().as_bytes()),
+    };
     let end = match value.iter().rposition(|c| *c == b':') {
         // A colon within brackets belongs to an IPv6 address.
         Some(colon) if !value.get(colon..).is_some_and(|rest| rest.contains(&b']')) => colon,
@@ -146,6 +160,10 @@ fn host(headers: &HeaderMap) -> &[u8] {
 #[derive(Debug)]
 pub struct Table<T> {
     routes: Vec<(Match, T)>,
+    /// Whether any route asks for a host.
+    hosts: bool,
+    /// Whether any route asks for a path.
+    paths: bool,
 }
 
 impl<T> Table<T> {
@@ -153,7 +171,9 @@ impl<T> Table<T> {
     #[must_use]
     pub fn new(mut routes: Vec<(Match, T)>) -> Self {
         routes.sort_by_cached_key(|(matches, _)| matches.rank());
-        Self { routes }
+        let hosts = routes.iter().any(|(matches, _)| matches.host.is_some());
+        let paths = routes.iter().any(|(matches, _)| matches.path.is_some());
+        Self { routes, hosts, paths }
     }
 
     /// The route of a request, and its match.
@@ -163,7 +183,7 @@ impl<T> Table<T> {
     pub fn select<B>(&self, request: &http::Request<B>) -> Result<&(Match, T), Kind> {
         let path = request.uri().path().as_bytes();
         let (method, headers) = (request.method(), request.headers());
-        let host = host(headers);
+        let host = if self.hosts { host(request) } else { b"" };
         let first = |path: &[u8], form| {
             let fits = |matches: &Match| {
                 matches.path.as_ref().is_none_or(|pattern| pattern.matches(path, form))
@@ -172,7 +192,7 @@ impl<T> Table<T> {
             self.routes.iter().position(|(matches, _)| fits(matches))
         };
         let found = first(path, Form::Raw);
-        if !is_plain(path) && readings(path).any(|(form, reading)| first(&reading, form) != found) {
+        if self.paths && !is_plain(path) && readings(path).any(|(form, reading)| first(&reading, form) != found) {
             return Err(Kind::BadRequest("the path can be read as that of two routes"));
         }
         found.and_then(|at| self.routes.get(at)).ok_or(Kind::NoRoute)
@@ -238,9 +258,17 @@ impl Service<Request> for Routes {
 
 #[cfg(test)]
 mod tests {
+    use http::HeaderValue;
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{
+        message::{
+            Body,
+            path::{Parameters, canonical},
+        },
+        telemetry::Metrics,
+    };
 
     fn table(routes: &[&str]) -> Table<usize> {
         use figment::{
@@ -326,7 +354,151 @@ mod tests {
         assert_eq!(selected(&table, "GET /", &[("host", "[::1]")]), Ok(1));
     }
 
+    #[test]
+    fn a_request_takes_the_first_of_all_ranks() {
+        // The most specific first; the request matches all of them and takes the first of what is left.
+        let all = [
+            "{host: a.b.example, path: /x/y, method: GET, headers: {a: '1', b: '2'}}",
+            "{host: a.b.example, path: /x/y, method: GET, headers: {a: '1'}}",
+            "{host: a.b.example, path: /x/y, method: GET}",
+            "{host: a.b.example, path: /x/y, headers: {a: '1'}}",
+            "{host: a.b.example, path: /x/y}",
+            "{host: a.b.example, path: '/x/{y}', method: GET}",
+            "{host: a.b.example, path: '/{x}/y'}",
+            "{host: a.b.example, path: '/{x}/{y}'}",
+            "{host: a.b.example, path: '/x/y/*'}",
+            "{host: a.b.example, path: '/x/*'}",
+            "{host: a.b.example, path: '/*'}",
+            "{host: a.b.example, method: GET}",
+            "{host: a.b.example}",
+            "{host: '*.b.example', path: /x/y}",
+            "{host: '*.b.example'}",
+            "{host: '*.example', path: /x/y}",
+            "{path: /x/y, method: GET}",
+            "{path: '/x/*'}",
+            "{method: [POST, GET], headers: {b: '2'}}",
+            "{method: GET}",
+            "{headers: {b: '2'}}",
+            "{}",
+        ];
+        let fields = [("host", "a.b.example"), ("a", "0"), ("a", "1"), ("b", "2")];
+        for start in 0..all.len() {
+            let rest = &all[start..];
+            assert_eq!(selected(&table(rest), "GET /x/y", &fields), Ok(0), "{}", rest[0]);
+            let backwards: Vec<_> = rest.iter().rev().copied().collect();
+            assert_eq!(selected(&table(&backwards), "GET /x/y", &fields), Ok(rest.len() - 1), "{}", rest[0]);
+        }
+    }
+
+    #[test]
+    fn spellings_that_lead_to_the_same_route_pass() {
+        let table = table(&["{}", "{path: '/admin/*'}", "{path: /v1/chat}"]);
+        for path in ["/admin/%20", "/admin//x", "/admin/./x", "/admin/.hidden", "/admin/a;b/c"] {
+            assert_eq!(selected(&table, &format!("GET {path}"), &[]), Ok(1), "{path}");
+        }
+        for path in ["/x%2Fy", "/a/../b", "//x", "/%2561dmin", "/x?/../admin", "/ADMIN", "/a%20b"] {
+            assert_eq!(selected(&table, &format!("GET {path}"), &[]), Ok(0), "{path}");
+        }
+        for path in ["/admin/..", "/admin/%2e%2e/x", "/v1//chat", "/v1/chat;", "/x/../admin//../x/y"] {
+            let outcome = selected(&table, &format!("GET {path}"), &[]);
+            assert!(matches!(outcome, Err(Kind::BadRequest(_))), "{path}: {outcome:?}");
+        }
+    }
+
+    #[test]
+    fn hosts_are_compared_without_case_port_or_last_dot() {
+        let fits = |pattern: &str, host: &'static str| {
+            let table = table(&[&format!("{{host: '{pattern}'}}")]);
+            selected(&table, "GET /", &[("host", host)]).is_ok()
+        };
+        for host in ["api.example", "API.example", "api.example:8080", "api.example.", "api.example.:80"] {
+            assert!(fits("Api.Example", host), "{host}");
+        }
+        for host in ["", "api", "xapi.example", "api.example.com", "b.api.example", "api.example.."] {
+            assert!(!fits("api.example", host), "{host}");
+        }
+        assert!(fits("*.example", "a.Example:80") && fits("*.example", "a.b.example."));
+        assert!(!fits("*.example", "example") && !fits("*.example", ".example") && !fits("*.example", "aexample"));
+        assert_eq!(
+            selected(&table(&["{host: a}"]), "GET https://A:443/x", &[]),
+            Ok(0),
+            "the target's, without a field"
+        );
+    }
+
+    #[test]
+    fn a_match_is_said_in_words_without_values() {
+        let words = |yaml: &str| table(&[yaml]).routes[0].0.to_string();
+        assert_eq!(words("{}"), "/*");
+        assert_eq!(words("{method: POST, path: /v1/chat}"), "POST /v1/chat");
+        assert_eq!(words("{method: [GET, PURGE], host: '*.a.example'}"), "GET|PURGE *.a.example/*");
+        assert_eq!(words("{path: '/x/*', headers: {X-B: secret, a: '1'}}"), "/x/* with a, x-b");
+    }
+
+    #[test]
+    fn what_can_never_match_is_a_problem() {
+        let keys = |yaml: &str| {
+            let mut problems = Problems::default();
+            table(&[yaml]).routes[0].0.check(&mut problems);
+            problems.iter().map(|problem| problem.key.clone()).collect::<Vec<_>>()
+        };
+        for host in
+            ["", "a:80", "[::1]:80", "[::x]", "[a]", "https://a", "a.*", "*a", "*", "*.", "a..b", "a.", "ü.example"]
+        {
+            assert_eq!(keys(&format!("{{host: '{host}'}}")), ["host"], "{host}");
+        }
+        for host in ["a", "A-1.b_c", "*.example.com", "[::1]", "127.0.0.1"] {
+            assert!(keys(&format!("{{host: '{host}'}}")).is_empty(), "{host}");
+        }
+        assert_eq!(keys("{method: [], headers: {Host: a}}"), ["method", "headers"]);
+    }
+
+    #[tokio::test]
+    async fn the_route_and_its_parameters_are_left_for_others() {
+        let service = HttpService::new(tower::service_fn(|request: Request| async move {
+            let found = request.extensions().get::<Parameters>().unwrap();
+            assert_eq!(found.get("id"), Some("a b"));
+            Ok::<_, BoxError>(Response::default())
+        }));
+        let metrics = Metrics::new().route("bots");
+        let (matches, _) = table(&["{path: '/bots/{id}'}"]).routes.remove(0);
+        let mut routes = Routes::new(Table::new(vec![(matches, Target { metrics, service })]));
+        let exchange = Exchange::new(tokio::time::Instant::now());
+        let to = |uri: &str| {
+            let request = http::Request::builder().uri(uri).extension(exchange.clone());
+            request.body(Body::empty()).unwrap()
+        };
+        let error = routes.call(to("/other")).await.unwrap_err();
+        assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::NoRoute));
+        assert!(exchange.facts().route.is_none());
+        routes.call(to("/bots/a%20b")).await.unwrap();
+        assert_eq!(exchange.facts().route.as_ref().map(|route| &**route.name()), Some("bots"));
+    }
+
     proptest! {
+        #[test]
+        fn no_spelling_of_a_path_dodges_its_route(path in "/([axX.;/\\\\]|%2[eEfF]|%5c|%61|%3b){0,10}") {
+            let read = canonical(path.as_bytes());
+            let below = *read == *b"/a" || read.starts_with(b"/a/");
+            match selected(&table(&["{}", "{path: '/a/*'}"]), &format!("GET {path}"), &[]) {
+                Ok(index) => prop_assert_eq!(index == 1, below),
+                Err(kind) => prop_assert!(matches!(kind, Kind::BadRequest(_))),
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_routed_or_refused(path: Vec<u8>, host: Vec<u8>) {
+            let table = table(&["{path: '/{x}/*', host: '*.a'}", "{path: /x, host: '[::1]'}"]);
+            let mut request = http::Request::new(());
+            if let Ok(uri) = http::Uri::from_maybe_shared([b"/", &*path].concat()) {
+                *request.uri_mut() = uri;
+            }
+            if let Ok(host) = HeaderValue::from_bytes(&host) {
+                request.headers_mut().insert(HOST, host);
+            }
+            let _outcome = table.select(&request);
+        }
+
         #[test]
         fn what_is_selected_is_the_first_that_matches(path in "/[a-c/]{0,8}", method in "GET|POST") {
             let table = table(&["{}", "{path: '/a/*'}", "{path: '/{x}/b'}", "{method: POST}", "{path: /a/b}"]);

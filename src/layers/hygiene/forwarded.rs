@@ -259,20 +259,24 @@ mod tests {
         serde_json::from_str(list).unwrap_or_else(|error| panic!("{list}: {error}"))
     }
 
-    fn tcp(peer: &str) -> Option<Connection> {
+    fn tcp(peer: &str) -> Connection {
         let address = format!("{peer}:4711");
         let bracketed = format!("[{peer}]:4711");
-        Some(Connection::new(Peer::tcp(address.parse().or_else(|_| bracketed.parse()).unwrap()), false))
+        Connection::new(Peer::tcp(address.parse().or_else(|_| bracketed.parse()).unwrap()), false)
     }
 
     /// The client, and the fields that the upstream sees, of a request for `a.example`.
-    fn seen(trusted: &str, peer: Option<Connection>, fields: &[(&str, &str)]) -> (Client, Vec<String>) {
+    fn seen<'a>(
+        trusted: &str,
+        peer: impl Into<Option<&'a Connection>>,
+        fields: &[(&str, &str)],
+    ) -> (Client, Vec<String>) {
         let field = |(name, value): &(&str, &str)| {
             (HeaderName::from_bytes(name.as_bytes()).unwrap(), HeaderValue::from_str(value).unwrap())
         };
         let mut headers: HeaderMap = fields.iter().chain(&[("host", "a.example")]).map(field).collect();
         let survey = Survey::of(&headers);
-        let client = apply(&mut headers, peer.as_ref(), &trusting(trusted), survey);
+        let client = apply(&mut headers, peer.into(), &trusting(trusted), survey);
         headers.remove(HOST);
         let text = |(name, value): (&HeaderName, &HeaderValue)| {
             format!("{}: {}", name.as_str().trim_start_matches("x-forwarded-"), value.to_str().unwrap())
@@ -285,7 +289,7 @@ mod tests {
     /// The client and `X-Forwarded-For`.
     fn walked(trusted: &str, peer: &str, list: &str) -> (String, String) {
         let fields = [("x-forwarded-for", list)];
-        let (client, fields) = seen(trusted, tcp(peer), if list.is_empty() { &[] } else { &fields });
+        let (client, fields) = seen(trusted, &tcp(peer), if list.is_empty() { &[] } else { &fields });
         let list = fields.iter().find_map(|field| field.strip_prefix("for: ")).unwrap().to_owned();
         (client.ip.unwrap().to_string(), list)
     }
@@ -344,7 +348,7 @@ mod tests {
             ("forwarded", "for=1.1.1.1"),
             ("x-other", "stays"),
         ];
-        let (client, fields) = seen("[\"10.0.0.1\"]", tcp("2001:db8::1"), &lies);
+        let (client, fields) = seen("[\"10.0.0.1\"]", &tcp("2001:db8::1"), &lies);
         assert_eq!(client, Client { ip: "2001:db8::1".parse().ok(), https: false });
         let expected =
             ["for: 2001:db8::1", "host: a.example", "proto: http", "x-other: stays", "x-real-ip: 2001:db8::1"];
@@ -366,7 +370,7 @@ mod tests {
             ("forwarded", "for=203.0.113.9;proto=https"),
             ("forwarded", "for=10.0.0.2"),
         ];
-        let (client, fields) = seen("\"private\"", tcp("fd00::1"), &said);
+        let (client, fields) = seen("\"private\"", &tcp("fd00::1"), &said);
         assert_eq!(client, Client { ip: "203.0.113.9".parse().ok(), https: true });
         let expected = [
             "for: 203.0.113.9, 10.0.0.2, fd00::1",
@@ -381,25 +385,25 @@ mod tests {
 
     #[test]
     fn what_a_trusted_proxy_leaves_out_is_set() {
-        let (client, fields) = seen("\"private\"", tcp("10.0.0.1"), &[]);
+        let (client, fields) = seen("\"private\"", &tcp("10.0.0.1"), &[]);
         assert_eq!(client, Client { ip: "10.0.0.1".parse().ok(), https: false });
         assert_eq!(fields, ["for: 10.0.0.1", "host: a.example", "proto: http"]);
-        let (_, fields) = seen("\"private\"", tcp("10.0.0.1"), &[("x-forwarded-proto", "https")]);
+        let (_, fields) = seen("\"private\"", &tcp("10.0.0.1"), &[("x-forwarded-proto", "https")]);
         assert_eq!(fields, ["for: 10.0.0.1", "host: a.example", "proto: https"]);
-        let (_, fields) = seen("\"private\"", tcp("10.0.0.1"), &[("forwarded", "for=\"open")]);
+        let (_, fields) = seen("\"private\"", &tcp("10.0.0.1"), &[("forwarded", "for=\"open")]);
         assert_eq!(fields[1], "forwarded: for=10.0.0.1;proto=http;host=a.example", "an open quote would swallow it");
     }
 
     #[test]
     fn a_local_process_is_trusted_with_private_only() {
-        let unix = || Some(Connection::new(Peer::Unix, false));
+        let unix = Connection::new(Peer::Unix, false);
         let said = [("x-forwarded-for", "203.0.113.9")];
-        let (client, fields) = seen("\"private\"", unix(), &said);
+        let (client, fields) = seen("\"private\"", &unix, &said);
         assert_eq!(client.ip, "203.0.113.9".parse().ok());
         assert_eq!(fields[0], "for: 203.0.113.9");
-        let (client, fields) = seen("\"private\"", unix(), &[("x-forwarded-proto", "https")]);
+        let (client, fields) = seen("\"private\"", &unix, &[("x-forwarded-proto", "https")]);
         assert_eq!((client.ip, client.https, &*fields[0]), (None, true, "for: unknown"));
-        let (client, fields) = seen("[\"0.0.0.0/0\", \"::/0\"]", unix(), &said);
+        let (client, fields) = seen("[\"0.0.0.0/0\", \"::/0\"]", &unix, &said);
         assert_eq!((client.ip, &*fields[0]), (None, "for: unknown"));
     }
 
@@ -408,7 +412,7 @@ mod tests {
         let https = |tls: bool, protos: &[&str]| {
             let connection = Connection::new(Peer::tcp(([10, 0, 0, 1], 1).into()), tls);
             let fields: Vec<_> = protos.iter().map(|proto| ("x-forwarded-proto", *proto)).collect();
-            seen("\"private\"", Some(connection), &fields).0.https
+            seen("\"private\"", &connection, &fields).0.https
         };
         assert!(https(true, &[]) && https(false, &["https"]) && https(false, &["HTTPS"]) && https(false, &["wss"]));
         assert!(!https(false, &[]) && !https(true, &["http"]) && !https(false, &["https", "http"]));
@@ -459,7 +463,7 @@ mod tests {
         #[test]
         fn nothing_from_a_stranger_survives(value in "[ -~]{0,30}", name in "for|proto|host|port|x") {
             let name = format!("x-forwarded-{name}");
-            let (client, fields) = seen("\"private\"", tcp("192.0.2.1"), &[(&name, value.trim())]);
+            let (client, fields) = seen("\"private\"", &tcp("192.0.2.1"), &[(&name, value.trim())]);
             prop_assert_eq!(client.ip, "192.0.2.1".parse().ok());
             prop_assert_eq!(fields, ["for: 192.0.2.1", "host: a.example", "proto: http"]);
         }
