@@ -41,10 +41,14 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests may collect bodies and spawn tasks"))]
 
+pub mod cli;
 pub mod config;
 pub mod layers;
 pub mod message;
+pub mod registry;
 pub mod route;
 pub mod server;
+pub mod settings;
+pub mod stack;
 pub mod telemetry;
 pub mod upstream;

@@ -218,13 +218,13 @@ where
 /// The body fails with [`Kind::UpstreamTimeout`]: the client sees a broken response, never a clean end.
 #[derive(Debug, Clone, Copy)]
 pub struct IdleLayer {
-    after: Duration,
+    after: Option<Duration>,
 }
 
 impl IdleLayer {
-    /// A layer that bears `after` of silence.
+    /// A layer that bears `after` of silence; any, if there is none.
     #[must_use]
-    pub const fn new(after: Duration) -> Self {
+    pub const fn new(after: Option<Duration>) -> Self {
         Self { after }
     }
 }
@@ -233,7 +233,7 @@ impl<S> Layer<S> for IdleLayer {
     type Service = Idle<S>;
 
     fn layer(&self, inner: S) -> Idle<S> {
-        Idle { inner, after: Some(self.after) }
+        Idle { inner, after: self.after }
     }
 }
 

@@ -15,6 +15,7 @@ pub mod tls;
 
 use std::{fmt, future::Future, io, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http_body::Body as HttpBody;
 use tokio::{
@@ -31,8 +32,12 @@ use self::{
     tls::Tls,
 };
 use crate::{
+    config::load::Sources,
     message::{BoxError, Request},
-    telemetry::metrics::Process,
+    registry::Registry,
+    settings::Settings,
+    stack::Stack,
+    telemetry::{Metrics, log, metrics::Process},
 };
 
 /// What answers requests. Any clonable closure of the right shape is one.
@@ -202,6 +207,40 @@ async fn look_at(certificates: Vec<Arc<Tls>>) {
             warn!("looking for new certificates failed");
         }
     }
+}
+
+/// Serves as `settings` say, until the process is asked to stop and has drained.
+///
+/// # Errors
+/// The log cannot be opened, the stack cannot be built, or an address cannot be listened on.
+pub async fn serve(settings: Settings, _sources: Arc<Sources>) -> Result<(), BoxError> {
+    let metrics = Metrics::new();
+    let (log, _guard) = log::open(&settings.log, metrics.process().log_lines_dropped.clone())?;
+    log::install(&log, settings.log.filter()?)?;
+    let registry = Registry::new(metrics.clone(), log);
+    let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry)?));
+    let bound = Server {
+        listen: settings.listen.0.clone(),
+        connections: settings.limits.connections.get() as usize,
+        limits: Limits {
+            headers: settings.limits.headers as usize,
+            header_bytes: usize::try_from(settings.limits.header_bytes.get()).unwrap_or(usize::MAX),
+            uri_bytes: usize::try_from(settings.limits.uri_bytes.get()).unwrap_or(usize::MAX),
+            http2_streams: settings.limits.http2_streams.get(),
+        },
+        timing: Timing::new(settings.defaults.timeouts.client_header.get(), settings.defaults.timeouts.keepalive.get()),
+    };
+    let bound = bound.bind().await?;
+    let shutdown = Shutdown::new();
+    let signals = shutdown.on_signals()?;
+    let handler = move |request| stack.load().call(request);
+    tokio::select! {
+        outcome = bound.run(handler, metrics.process().clone(), settings.drain, shutdown) => {
+            info!(?outcome, "stopped");
+        }
+        () = signals => {}
+    }
+    Ok(())
 }
 
 #[cfg(test)]

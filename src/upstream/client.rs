@@ -316,6 +316,8 @@ impl Client {
         {
             return Ok(upgrade.tunnel(response, lease));
         }
+        // The version is that of one hop (RFC 9110 §6.2), and what hyper's server answers with.
+        *response.version_mut() = Version::HTTP_11;
         Ok(response.map(|incoming| ResponseBody::new(incoming, lease, progress)))
     }
 

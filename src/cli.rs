@@ -1,0 +1,180 @@
+//! The command line.
+
+use std::{
+    error::Error,
+    io::{self, Write},
+    num::NonZeroUsize,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    config::{Problems, load::Sources},
+    server,
+    settings::Settings,
+    telemetry::log::chain,
+};
+
+/// Ended well.
+const OK: u8 = 0;
+/// Failed at run time.
+const FAILED: u8 = 1;
+/// The command line is wrong (`EX_USAGE` of sysexits.h).
+const BAD_USAGE: u8 = 64;
+/// The configuration is wrong (`EX_CONFIG`).
+const BAD_CONFIG: u8 = 78;
+
+const BACKEND: &str = "The backend: http://HOST[:PORT], https://HOST[:PORT] or unix:/PATH";
+const LISTEN: &str = "Where to listen: ADDRESS:PORT or unix:/PATH [default: 0.0.0.0:8080]";
+const AFTER_HELP: &str = "\
+Examples:
+  sidegate --upstream http://127.0.0.1:8000             a complete proxy on :8080, admin on 127.0.0.1:9090
+  sidegate --upstream unix:/run/app.sock --admin off    the same over a Unix socket, without the admin port
+  sidegate check sidegate.yaml && sidegate run sidegate.yaml
+
+Environment:
+  SIDEGATE_<KEY>[__<KEY>]...   sets a key of the file: SIDEGATE_LISTEN=0.0.0.0:80, SIDEGATE_LOG__LEVEL=debug
+  The command line wins over the environment, the environment over the file.
+
+Signals:
+  SIGTERM, SIGINT   stop accepting, let requests and streams finish (`drain`); a second one ends at once
+  SIGHUP            reload the configuration file
+
+Exit codes: 0 ok, 1 failed at run time, 64 bad usage, 78 bad configuration";
+
+/// A reverse proxy that gives an LLM server or API what it lacks: request ids, security headers, clean headers,
+/// clear errors, timeouts, logs and metrics. Streams pass as they come.
+#[derive(Debug, Parser)]
+#[command(name = "sidegate", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    quick: Quick,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run with a configuration file
+    Run {
+        /// YAML, or TOML if its name ends in .toml
+        file: PathBuf,
+    },
+    /// Check a configuration file, report all mistakes, start nothing
+    Check {
+        /// YAML, or TOML if its name ends in .toml
+        file: PathBuf,
+    },
+    /// Print the JSON Schema of the configuration file
+    Schema,
+}
+
+#[derive(Debug, Args)]
+struct Quick {
+    #[arg(long, value_name = "URL", required = true, help = BACKEND)]
+    upstream: Option<String>,
+    #[arg(long, value_name = "ADDRESS", help = LISTEN)]
+    listen: Option<String>,
+    /// Where health, metrics and configuration are, or `off` [default: 127.0.0.1:9090]
+    #[arg(long, value_name = "ADDRESS|off")]
+    admin: Option<String>,
+}
+
+impl Quick {
+    fn sources(self) -> Sources {
+        let admin = self.admin.map(|admin| {
+            let key = if admin == "off" { "admin" } else { "admin.listen" };
+            ("--admin", key, admin)
+        });
+        let options = [
+            self.upstream.map(|url| ("--upstream", "upstreams.default.endpoints", url)),
+            self.listen.map(|address| ("--listen", "listen", address)),
+            admin,
+        ];
+        Sources { options: options.into_iter().flatten().collect(), ..Sources::default() }.with_environment()
+    }
+}
+
+/// Runs the command line of this process.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { BAD_USAGE } else { OK };
+            // Help that nobody reads is no failure.
+            drop(error.print());
+            return code.into();
+        }
+    };
+    let file = |file| Sources { file: Some(file), ..Sources::default() }.with_environment();
+    match cli.command {
+        None => run(&cli.quick.sources()),
+        Some(Command::Run { file: path }) => run(&file(path)),
+        Some(Command::Check { file: path }) => check(&file(path)),
+        Some(Command::Schema) => say(&format!("{:#}\n", Settings::schema().as_value())),
+    }
+}
+
+fn run(sources: &Sources) -> ExitCode {
+    let settings = match Settings::load(sources) {
+        Ok((settings, _)) => settings,
+        Err(problems) => return refuse(&problems),
+    };
+    match serve(settings, sources.clone()) {
+        Ok(()) => OK.into(),
+        Err(error) => {
+            complain(&format!("sidegate: {}", chain(&*error)));
+            FAILED.into()
+        }
+    }
+}
+
+fn check(sources: &Sources) -> ExitCode {
+    match Settings::load(sources) {
+        Ok((settings, _)) => {
+            let file = sources.file.as_ref().map(|file| file.display().to_string()).unwrap_or_default();
+            let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+            let listeners = count(settings.listen.iter().count(), "listener");
+            let routes = count(settings.routes.len(), "route");
+            let upstreams = count(settings.upstreams.len(), "upstream");
+            say(&format!("{file}: ok ({listeners}, {routes}, {upstreams})\n"))
+        }
+        Err(problems) => refuse(&problems),
+    }
+}
+
+/// Serves until the process is asked to stop.
+fn serve(settings: Settings, sources: Sources) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let threads = settings.threads.or_else(|| std::thread::available_parallelism().ok());
+    let threads = threads.map_or(1, NonZeroUsize::get);
+    let mut builder = if threads == 1 {
+        tokio::runtime::Builder::new_current_thread()
+    } else {
+        tokio::runtime::Builder::new_multi_thread()
+    };
+    let runtime = builder.worker_threads(threads).enable_all().build()?;
+    runtime.block_on(server::serve(settings, Arc::new(sources)))
+}
+
+fn refuse(problems: &Problems) -> ExitCode {
+    complain(&problems.to_string());
+    BAD_CONFIG.into()
+}
+
+/// Prints what was asked for. A reader that has gone wants no more.
+fn say(text: &str) -> ExitCode {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => FAILED.into(),
+        _ => OK.into(),
+    }
+}
+
+fn complain(text: &str) {
+    // Where even the standard error cannot be written there is nobody to tell.
+    drop(writeln!(io::stderr(), "{text}"));
+}

@@ -1,0 +1,195 @@
+//! The table of contents of sidegate: the request path, outermost layer first.
+//!
+//! Three chains: [`front`] around all routes, [`route`] around the upstream of one, [`attempt`] around one
+//! endpoint. A layer that a route does not use is not in its chain.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use pin_project_lite::pin_project;
+use tower::{Service, ServiceBuilder};
+
+use crate::{
+    config::{HumanDuration, Toggle},
+    layers::{
+        access_log::{AccessLog, AccessLogLayer, ResponseBody},
+        body_limit::BodyLimitLayer,
+        deadline::DeadlineLayer,
+        errors::{Errors, ErrorsLayer},
+        hygiene::{self, Hygiene, HygieneLayer},
+        request_id::{RequestIdLayer, RequestIds},
+        security_headers::{SecurityHeaders, SecurityHeadersLayer},
+        timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
+    },
+    message::{Body, BoxError, HttpService},
+    registry::Registry,
+    route::{Routes, Table, Target},
+    settings::{Defaults, Route, Settings},
+    upstream::{Client, respond::Respond},
+};
+
+/// Everything between a client's connection and the upstreams, built from one version of the configuration.
+#[derive(Clone)]
+pub struct Stack {
+    front: Front,
+}
+
+type Front = RequestIds<AccessLog<SecurityHeaders<Errors<Hygiene<Routes>>>>>;
+
+impl Stack {
+    /// Builds all chains. What lives longer than a configuration (samples, pools) comes from `registry`.
+    /// Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The first thing that cannot be set up, with its place. Nothing is left out because it could not be
+    /// set up.
+    pub fn build(settings: &Settings, registry: &Registry) -> Result<Self, BuildError> {
+        let mut routes = Vec::with_capacity(settings.routes.len());
+        for (index, own) in settings.routes.iter().enumerate() {
+            let place =
+                |error: BoxError| BuildError { key: format!("routes.{index}.upstream ({})", own.upstream), error };
+            let upstream = settings.upstreams.get(&own.upstream).ok_or_else(|| place("there is none".into()))?;
+            let policies = own.policies(&settings.defaults);
+            let service = match (&upstream.endpoints, &upstream.respond) {
+                (Some(endpoints), _) => {
+                    let address = endpoints.iter().next().ok_or_else(|| place("it has no endpoint".into()))?;
+                    let client = registry.client(&own.upstream, upstream, address).map_err(place)?;
+                    attempt(&policies, client)
+                }
+                (None, Some(respond)) => HttpService::new(Respond::new(own.upstream.as_str().into(), respond)),
+                (None, None) => return Err(place("it has neither `endpoints` nor `respond`".into())),
+            };
+            let target = Target {
+                metrics: registry.metrics().route(&own.name()),
+                service: route(own, &policies, &settings.defaults, service),
+            };
+            routes.push((own.matches.clone(), target));
+        }
+        registry.retain(&settings.upstreams);
+        Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
+    }
+
+    /// Answers a request. There is always an answer.
+    pub fn call(&self, request: http::Request<Body>) -> Answer {
+        // Always ready: see `Routes`.
+        Answer { inner: self.front.clone().call(request) }
+    }
+}
+
+pin_project! {
+    /// The answer to come of [`Stack::call`].
+    pub struct Answer {
+        #[pin]
+        inner: <Front as Service<http::Request<Body>>>::Future,
+    }
+}
+
+impl Future for Answer {
+    type Output = http::Response<ResponseBody<Body>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match ready!(self.project().inner.poll(cx)) {
+            Ok(response) => Poll::Ready(response),
+            // The errors layer does not fail, and those outside of it add no failure of their own.
+            Err(error) => unreachable!("the front failed: {error}"),
+        }
+    }
+}
+
+/// A stack that could not be built.
+#[derive(Debug)]
+pub struct BuildError {
+    key: String,
+    error: BoxError,
+}
+
+impl fmt::Display for BuildError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: cannot be set up", self.key)
+    }
+}
+
+impl std::error::Error for BuildError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.error)
+    }
+}
+
+impl fmt::Debug for Stack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Stack").finish_non_exhaustive()
+    }
+}
+
+/// Around all routes.
+fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
+    let log = settings.log.access.then(|| registry.log().clone());
+    let limits = hygiene::Limits {
+        headers: settings.limits.headers as usize,
+        header_bytes: settings.limits.header_bytes.get(),
+        uri_bytes: settings.limits.uri_bytes.get(),
+    };
+    ServiceBuilder::new()
+        // Outermost, so that whatever happens inside has an id to be named by.
+        .layer(RequestIdLayer::new(&settings.request_id))
+        // Sees every answer, and the end of every body.
+        .layer(AccessLogLayer::new(log, registry.metrics().clone()))
+        // Outside of errors: sidegate's own answers carry them too.
+        .layer(match &settings.defaults.security_headers {
+            Toggle::On(config) => SecurityHeadersLayer::new(config),
+            Toggle::Off => SecurityHeadersLayer::settling(None),
+        })
+        // From here inwards a failure is an `Error` and not yet a response.
+        .layer(ErrorsLayer::new(settings.defaults.errors))
+        // Before anything looks at the request: what is ambiguous goes no further.
+        .layer(
+            HygieneLayer::new(&settings.hygiene, limits, registry.via())
+                .guarding(settings.request_id.header.get().clone()),
+        )
+        .service(routes)
+}
+
+/// Around the upstream of one route.
+fn route(own: &Route, policies: &Defaults, defaults: &Defaults, upstream: HttpService) -> HttpService {
+    let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
+    // Its own form of errors; and what decorates responses must see its errors as responses.
+    let errors = (headers.is_some() || policies.errors != defaults.errors).then(|| {
+        let never = |never: Infallible| -> BoxError { match never {} };
+        ServiceBuilder::new().map_err(never).layer(ErrorsLayer::new(policies.errors))
+    });
+    let timeouts = &policies.timeouts;
+    let body_limit = policies.body_limit.as_ref().map(|limit| BodyLimitLayer::new(limit.max.get()));
+    let client_body = duration(timeouts.client_body_idle).map(ClientBodyIdleLayer::new);
+    let deadline =
+        duration(timeouts.total).map(DeadlineLayer::new).map(|layer| layer.with_streams(timeouts.total_streams));
+    HttpService::new(
+        ServiceBuilder::new()
+            .option_layer(headers)
+            .option_layer(errors)
+            .option_layer(body_limit)
+            .option_layer(client_body)
+            .option_layer(deadline)
+            .service(upstream),
+    )
+}
+
+/// Around one endpoint.
+fn attempt(policies: &Defaults, client: Client) -> HttpService {
+    let timeouts = &policies.timeouts;
+    HttpService::new(
+        ServiceBuilder::new()
+            .map_response(|response: http::Response<_>| response.map(Body::new))
+            .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
+            .layer(IdleLayer::new(duration(timeouts.idle)))
+            .service(client.with_connect_timeout(timeouts.connect.get())),
+    )
+}
+
+fn duration(toggle: Toggle<HumanDuration>) -> Option<Duration> {
+    toggle.on().map(HumanDuration::get)
+}
