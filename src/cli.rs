@@ -85,16 +85,18 @@ struct Quick {
 
 impl Quick {
     fn sources(self) -> Sources {
-        let admin = self.admin.map(|admin| {
+        let mut sources = Sources::default().with_environment();
+        if let Some(url) = self.upstream {
+            sources = sources.with_option("--upstream", "upstreams.default.endpoints", url);
+        }
+        if let Some(address) = self.listen {
+            sources = sources.with_option("--listen", "listen", address);
+        }
+        if let Some(admin) = self.admin {
             let key = if admin == "off" { "admin" } else { "admin.listen" };
-            ("--admin", key, admin)
-        });
-        let options = [
-            self.upstream.map(|url| ("--upstream", "upstreams.default.endpoints", url)),
-            self.listen.map(|address| ("--listen", "listen", address)),
-            admin,
-        ];
-        Sources { options: options.into_iter().flatten().collect(), ..Sources::default() }.with_environment()
+            sources = sources.with_option("--admin", key, admin);
+        }
+        sources
     }
 }
 

@@ -1,23 +1,22 @@
-//! The whole configuration: every section of the file, what a route takes from `defaults`, and all rules
-//! that concern more than one section.
+//! The struct of the whole file: what every section is called, what a route inherits, and the rules between
+//! sections.
 //!
-//! The sections of policies are defined where the policies are; here they are put together. A section on a
-//! route replaces the same section of `defaults` as a whole.
+//! Each section is the `Config` of the module that acts on it; this one only gives them their place. The doc
+//! comments of all of them are the reference and the JSON Schema.
 
 use std::{
     collections::{BTreeMap, HashMap},
+    fs::File,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     num::{NonZeroU32, NonZeroUsize},
+    path::Path,
 };
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::RecursiveTransform};
 use serde::Deserialize;
 
 use crate::{
-    config::{
-        ByteSize, OneOrMany, Secret, Toggle,
-        load::{Sources, Tree, nearest},
-        problem::{Check, Problems},
-    },
+    config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
     layers::{body_limit, errors, hygiene, request_id, security_headers, timeouts},
     route::Match,
     server::{drain, listener},
@@ -29,20 +28,24 @@ use crate::{
     },
 };
 
-/// The whole file.
+/// The configuration of sidegate.
+///
+/// Sources, the later one wins: defaults, the file (YAML, or TOML by its extension), variables of the environment
+/// (`SIDEGATE_LOG__LEVEL` for `log.level`), options of the command line.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(title = "sidegate")]
 pub struct Settings {
-    /// Where to listen: one listener, or a list. Default `0.0.0.0:8080`.
+    /// Where clients connect: an address, a section, or a list of these. Default `0.0.0.0:8080`.
     pub listen: OneOrMany<listener::Config>,
-    /// The operator's port: health, metrics, configuration. Default on, on `127.0.0.1:9090`.
+    /// The operator's port: health, metrics, the configuration. Default on `127.0.0.1:9090`; `off` opens none.
     pub admin: Toggle<Admin>,
-    /// Threads that serve. Default: as many as the process may use CPUs. With 1, a runtime without
-    /// synchronisation between threads is used, which costs less per request.
+    /// Threads that serve, 1 to 1024. Default: as many as the process may use CPUs. With 1 no request ever
+    /// changes its thread, which saves time where there is one CPU to use.
     pub threads: Option<NonZeroUsize>,
-    /// What a client may ask for at most.
+    /// How much clients may take.
     pub limits: Limits,
-    /// How the process ends.
+    /// How the process ends when it is asked to.
     pub drain: drain::Config,
     /// What is logged, where, and in which form.
     pub log: log::Config,
@@ -50,19 +53,20 @@ pub struct Settings {
     pub request_id: request_id::Config,
     /// Whom to believe, and what to say of oneself.
     pub hygiene: hygiene::Config,
-    /// Where requests can go, by name.
+    /// Where requests go, by name: 1 to 64 letters, digits, `_` or `-`.
     pub upstreams: BTreeMap<String, Upstream>,
-    /// What every route starts from. A section on a route replaces the same section here as a whole.
+    /// What every route starts from. A section on a route replaces the section here as a whole.
     pub defaults: Defaults,
-    /// Which requests go where. Without a route, and with one upstream, everything goes there.
+    /// Which requests go where: the most specific match wins. Default, where there is exactly one upstream: everything
+    /// to it.
     pub routes: Vec<Route>,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        let everywhere = listener::Address::Tcp(([0, 0, 0, 0], 8080).into());
+        let listen = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080));
         Self {
-            listen: OneOrMany(vec![everywhere.into()]),
+            listen: OneOrMany::from(listener::Config::from(listener::Address::Tcp(listen))),
             admin: Toggle::On(Admin::default()),
             threads: None,
             limits: Limits::default(),
@@ -81,32 +85,32 @@ impl Default for Settings {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
-    /// Where to listen. Default `127.0.0.1:9090`.
+    /// Where it listens. Default `127.0.0.1:9090`: reachable from this machine, or this pod, only.
     pub listen: listener::Address,
-    /// What a call that changes something must show as `Authorization: Bearer`. Without one, such calls are
+    /// What a call that changes something must show, as `Authorization: Bearer`. Without one such calls are
     /// answered on loopback and Unix sockets only. Default none.
     pub token: Option<Secret>,
 }
 
 impl Default for Admin {
     fn default() -> Self {
-        Self { listen: listener::Address::Tcp(([127, 0, 0, 1], 9090).into()), token: None }
+        Self { listen: listener::Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 9090))), token: None }
     }
 }
 
-/// What a client may ask for at most. Section `limits`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+/// How much clients may take. Section `limits`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Connections open at once, over all listeners; more wait in the system's queue. Default 10000.
+    /// Connections open at once; more wait to be accepted. Default 10000.
     pub connections: NonZeroU32,
-    /// Fields of a request's head; 431 beyond. 1 to 1000, default 100.
+    /// Fields of a request's head, 1 to 10000; more are a 431. Default 100.
     pub headers: u32,
-    /// Bytes of a request's header section; 431 beyond. 1KiB to 1MiB, default `64KiB`.
+    /// Bytes of a request's header section, 8KiB to 1MiB; more are a 431. Default `64KiB`.
     pub header_bytes: ByteSize,
-    /// Bytes of a request's target; 414 beyond. 64 to 60KiB, default `16KiB`.
+    /// Bytes of a request's target, 1KiB to 63KiB; more are a 414. Default `16KiB`.
     pub uri_bytes: ByteSize,
-    /// Streams that a client may have open on one HTTP/2 connection. Default 200.
+    /// Streams that one HTTP/2 connection may have open at once, 1 to 10000. Default 200.
     pub http2_streams: NonZeroU32,
 }
 
@@ -115,8 +119,8 @@ impl Default for Limits {
         Self {
             connections: NonZeroU32::new(10_000).unwrap_or(NonZeroU32::MIN),
             headers: 100,
-            header_bytes: ByteSize::from_bytes(64 << 10),
-            uri_bytes: ByteSize::from_bytes(16 << 10),
+            header_bytes: ByteSize::from_kib(64),
+            uri_bytes: ByteSize::from_kib(16),
             http2_streams: NonZeroU32::new(200).unwrap_or(NonZeroU32::MIN),
         }
     }
@@ -124,39 +128,44 @@ impl Default for Limits {
 
 impl Check for Limits {
     fn check(&self, problems: &mut Problems) {
-        if !(1..=1000).contains(&self.headers) {
-            problems.add("headers", format!("is {}: must be 1 to 1000", self.headers));
+        for (key, count) in [("headers", self.headers), ("http2_streams", self.http2_streams.get())] {
+            if !(1..=10_000).contains(&count) {
+                problems.add(key, format!("is {count}: must be from 1 to 10000"));
+            }
         }
-        if !(1 << 10..=1 << 20).contains(&self.header_bytes.get()) {
-            problems.add("header_bytes", format!("is {}: must be 1KiB to 1MiB", self.header_bytes));
-        }
-        if !(64..=60 << 10).contains(&self.uri_bytes.get()) {
-            problems.add("uri_bytes", format!("is {}: must be 64 to 60KiB", self.uri_bytes));
+        // hyper reads no head into less than 8 KiB, and `http` holds no target of 64 KiB.
+        let sizes = [("header_bytes", self.header_bytes, (8, 1024)), ("uri_bytes", self.uri_bytes, (1, 63))];
+        for (key, size, (least, most)) in sizes {
+            let (least, most) = (ByteSize::from_kib(least), ByteSize::from_kib(most));
+            if size < least || size > most {
+                problems.add(key, format!("is {size}: must be from {least} to {most}"));
+            }
         }
     }
 }
 
-/// Where requests can go. An entry of `upstreams`: either `endpoints`, or `respond`.
+/// Where requests may go. An entry of `upstreams`: either `endpoints` and how to speak to them, or `respond`.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
-    /// The backend: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`.
+    /// Where the backend listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. Exactly one for now.
     pub endpoints: Option<OneOrMany<Address>>,
-    /// A fixed answer instead of a backend.
-    pub respond: Option<respond::Config>,
-    /// The version of HTTP that is spoken to the endpoints: `http1` or `http2`. Default `http1`.
+    /// The version of HTTP that the endpoints are spoken to in: `http1` or `http2` (over `http://` with prior
+    /// knowledge, over `https://` by ALPN). Default `http1`.
     pub protocol: Option<Protocol>,
-    /// What stands in `Host`: `preserve` the client's, the `endpoint`'s own, or a literal. Default `preserve`
-    /// for `http://` and `unix:`, `endpoint` for `https://`.
+    /// What stands in `Host`: `preserve` for what the client sent, `endpoint` for the endpoint's own name, or any other
+    /// text for itself. Default `endpoint` for `https://`, else `preserve`.
     pub host: Option<Host>,
     /// Whom `https://` endpoints are believed.
     pub tls: Option<Tls>,
     /// Which connections are kept open.
     pub pool: Option<PoolConfig>,
+    /// A fixed answer instead of a backend.
+    pub respond: Option<respond::Config>,
 }
 
 impl Upstream {
-    /// How its endpoints are spoken to.
+    /// How the endpoints are spoken to.
     #[must_use]
     pub fn client(&self) -> client::Config {
         client::Config {
@@ -171,19 +180,11 @@ impl Upstream {
 impl Check for Upstream {
     fn check(&self, problems: &mut Problems) {
         match (&self.endpoints, &self.respond) {
-            (None, None) => problems.add("", "has neither `endpoints` nor `respond`: give one of them"),
-            (Some(_), Some(_)) => problems.add("respond", "stands beside `endpoints`: an upstream is one or the other"),
-            (Some(endpoints), None) => {
-                if endpoints.iter().count() != 1 {
-                    let given = endpoints.iter().count();
-                    problems.add("endpoints", format!("has {given} entries: exactly one is supported so far"));
-                }
-                if self.tls.is_some() && !endpoints.iter().any(Address::tls) {
-                    problems.add("tls", "has no effect: no endpoint is `https://`");
-                }
+            (None, None) => {
+                problems.add("", "needs `endpoints` (where the backend listens) or `respond` (a fixed answer)");
             }
+            (Some(_), Some(_)) => problems.add("respond", "stands beside `endpoints`: an upstream is one or the other"),
             (None, Some(respond)) => {
-                problems.at("respond", |problems| respond.check(problems));
                 let given = [
                     ("protocol", self.protocol.is_some()),
                     ("host", self.host.is_some()),
@@ -191,29 +192,36 @@ impl Check for Upstream {
                     ("pool", self.pool.is_some()),
                 ];
                 for (key, _) in given.into_iter().filter(|(_, given)| *given) {
-                    problems.add(key, "has no effect beside `respond`: it is about `endpoints`");
+                    problems.add(key, "has no effect beside `respond`: leave it out");
                 }
+                problems.at("respond", |problems| respond.check(problems));
             }
+            (Some(endpoints), None) => match &*endpoints.0 {
+                [] => problems.add("endpoints", "is empty: name the backend, as in `[http://127.0.0.1:8000]`"),
+                [only] if self.tls.is_some() && !only.tls() => {
+                    problems.add("tls", format!("has no effect: `{only}` is spoken to without TLS"));
+                }
+                [_] => {}
+                more => problems.add("endpoints", format!("has {}: exactly one endpoint for now", more.len())),
+            },
         }
-        if let Some(path) = self.tls.as_ref().and_then(|tls| tls.ca.as_ref())
-            && let Err(error) = std::fs::File::open(path)
-        {
-            problems.add("tls.ca", format!("`{}` cannot be read: {error}", path.display()));
+        if let Some(ca) = self.tls.as_ref().and_then(|tls| tls.ca.as_ref()) {
+            check_file("tls.ca", ca, problems);
         }
     }
 }
 
-/// What every route starts from. Section `defaults`.
+/// What holds for requests. Section `defaults`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Defaults {
-    /// Security headers of responses. Default on, with the preset `api`.
+    /// Headers that tell browsers to be careful. Default: the preset `api`; `off` sets and removes none.
     pub security_headers: Toggle<security_headers::Config>,
     /// How long sidegate waits, for what.
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
     pub body_limit: Toggle<body_limit::Config>,
-    /// How sidegate's own answers look: `problem` or `openai`. Default `problem`.
+    /// The form of sidegate's own errors: `problem` or `openai`. Default `problem`.
     pub errors: errors::Config,
 }
 
@@ -228,41 +236,65 @@ impl Default for Defaults {
     }
 }
 
-/// Which requests go where. An entry of `routes`.
+/// Which requests go where, and what holds for them. An entry of `routes`.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
-    /// What logs and metrics call the route. Default: its match in words, `POST /v1/*`.
+    /// What logs and metrics call it, 1 to 100 characters. Default: its match in words, as in
+    /// `POST /v1/chat/completions`.
     pub name: Option<String>,
-    /// Which requests it takes. Default: every request that no other route takes.
+    /// Which requests. Default: all that no other route matches.
     #[serde(default, rename = "match")]
     pub matches: Match,
-    /// The name of the upstream.
+    /// The upstream that they go to, by its name.
     pub upstream: String,
-    /// As in `defaults`, which it replaces.
+    /// Instead of `defaults.security_headers`; `off` sets and removes none.
     pub security_headers: Option<Toggle<security_headers::Config>>,
-    /// As in `defaults`, which it replaces, but without `client_header` and `keepalive`: those are about
-    /// connections, which have no route.
-    pub timeouts: Option<timeouts::Config>,
-    /// As in `defaults`, which it replaces.
+    /// Instead of `defaults.timeouts`, without `client_header` and `keepalive`; `off` waits for ever.
+    pub timeouts: Option<Toggle<timeouts::Config>>,
+    /// Instead of `defaults.body_limit`; `off` sets none.
     pub body_limit: Option<Toggle<body_limit::Config>>,
-    /// As in `defaults`, which it replaces.
+    /// Instead of `defaults.errors`.
     pub errors: Option<errors::Config>,
 }
 
 impl Route {
+    /// Everything, to `upstream`.
+    fn to(upstream: &str) -> Self {
+        Self {
+            name: None,
+            matches: Match::default(),
+            upstream: upstream.to_owned(),
+            security_headers: None,
+            timeouts: None,
+            body_limit: None,
+            errors: None,
+        }
+    }
+
     /// The name in logs and metrics.
     #[must_use]
     pub fn name(&self) -> String {
         self.name.clone().unwrap_or_else(|| self.matches.to_string())
     }
 
-    /// What the route itself says, or else `defaults`.
+    /// What holds for the route: its own sections, and those of `defaults` where it has none.
     #[must_use]
     pub fn policies(&self, defaults: &Defaults) -> Defaults {
+        let timeouts = match &self.timeouts {
+            None => defaults.timeouts.clone(),
+            Some(Toggle::On(own)) => own.clone(),
+            Some(Toggle::Off) => timeouts::Config {
+                client_body_idle: Toggle::Off,
+                first_byte: Toggle::Off,
+                idle: Toggle::Off,
+                total: Toggle::Off,
+                ..timeouts::Config::default()
+            },
+        };
         Defaults {
-            security_headers: self.security_headers.clone().unwrap_or_else(|| defaults.security_headers.clone()),
-            timeouts: self.timeouts.clone().unwrap_or_else(|| defaults.timeouts.clone()),
+            security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
+            timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
             errors: self.errors.unwrap_or(defaults.errors),
         }
@@ -270,145 +302,277 @@ impl Route {
 }
 
 impl Settings {
-    /// Reads and checks everything.
+    /// Reads, completes and checks the configuration.
     ///
     /// # Errors
-    /// All that is wrong, each with its source and key.
+    /// All mistakes of all sources.
     pub fn load(sources: &Sources) -> Result<(Self, Tree), Problems> {
+        // A fixed JSON answer may have nulls.
+        let sources = Sources { free: &["json"], ..sources.clone() };
         sources.load(|settings: &mut Self, tree, problems| {
-            settings.check_all(tree, problems);
             settings.complete();
+            settings.check(tree, problems);
         })
     }
 
     /// The JSON Schema of the file.
     #[must_use]
-    pub fn schema() -> schemars::Schema {
-        schemars::schema_for!(Settings)
+    pub fn schema() -> Schema {
+        let generator =
+            SchemaSettings::draft2020_12().with_transform(RecursiveTransform(without_null)).into_generator();
+        generator.into_root_schema_for::<Self>()
     }
 
     /// A file without routes has one, to its only upstream.
     fn complete(&mut self) {
-        if let (true, Some(name)) = (self.routes.is_empty(), self.upstreams.keys().next()) {
-            self.routes.push(Route {
-                name: None,
-                matches: Match::default(),
-                upstream: name.clone(),
-                security_headers: None,
-                timeouts: None,
-                body_limit: None,
-                errors: None,
-            });
+        if let (true, [only]) = (self.routes.is_empty(), &*self.upstreams.keys().collect::<Vec<_>>()) {
+            self.routes.push(Route::to(only));
         }
     }
 
-    fn check_all(&self, tree: &Tree, problems: &mut Problems) {
-        self.check_listeners(problems);
+    fn check(&self, tree: &Tree, problems: &mut Problems) {
+        self.check_listeners(tree, problems);
+        if self.threads.is_some_and(|threads| threads.get() > 1024) {
+            problems.add("threads", "must be at most 1024");
+        }
         problems.at("limits", |problems| self.limits.check(problems));
-        if let Err(message) = self.log.filter() {
-            problems.add("log.level", message);
-        }
-        if self.upstreams.is_empty() {
-            let example = "`upstreams: {api: {endpoints: [http://127.0.0.1:8000]}}`";
-            problems.add("upstreams", format!("there is no upstream: give at least one, as in {example}"));
-        }
+        problems.at("drain", |problems| self.drain.check(problems));
+        problems.at("log", |problems| check_log(&self.log, problems));
         for (name, upstream) in &self.upstreams {
-            problems.at(format!("upstreams.{name}"), |problems| upstream.check(problems));
+            problems.at(format!("upstreams.{name}"), |problems| {
+                if !is_name(name) {
+                    problems.add("", "is no name for an upstream: 1 to 64 letters, digits, `_` or `-`");
+                }
+                upstream.check(problems);
+            });
         }
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
-        if self.routes.is_empty() && self.upstreams.len() > 1 {
-            problems.add("routes", "there is no route, and more than one upstream to choose from: give routes");
-        }
         self.check_routes(tree, problems);
     }
 
-    fn check_listeners(&self, problems: &mut Problems) {
-        if self.listen.iter().next().is_none() {
-            problems.add("listen", "is an empty list: give at least one address, as in `0.0.0.0:8080`");
+    fn check_listeners(&self, tree: &Tree, problems: &mut Problems) {
+        let single = !tree.has("listen.0");
+        let key = |n: usize| if single { "listen".to_owned() } else { format!("listen.{n}") };
+        if self.listen.0.is_empty() {
+            problems.add("listen", "is empty: name an address, as in `0.0.0.0:8080`");
         }
-        let fixed = |address: &listener::Address| !matches!(address, listener::Address::Tcp(tcp) if tcp.port() == 0);
-        let mut taken: HashMap<&listener::Address, String> = HashMap::new();
-        for (index, listener) in self.listen.iter().enumerate() {
-            let key = if self.listen.iter().count() == 1 { "listen".to_owned() } else { format!("listen.{index}") };
-            if let Some(other) = taken.insert(&listener.address, key.clone()).filter(|_| fixed(&listener.address)) {
-                problems.add(&key, format!("`{}` stands at `{other}` already", listener.address));
+        for (n, listener) in self.listen.iter().enumerate() {
+            if let Some(tls) = &listener.tls {
+                check_file(&format!("{}.tls.certificate", key(n)), &tls.certificate, problems);
+                check_file(&format!("{}.tls.key", key(n)), &tls.key, problems);
             }
-            let Some(tls) = &listener.tls else { continue };
-            for (name, path) in [("certificate", &tls.certificate), ("key", &tls.key)] {
-                if let Err(error) = std::fs::File::open(path) {
-                    problems.add(format!("{key}.tls.{name}"), format!("`{}` cannot be read: {error}", path.display()));
-                }
+            let mut earlier = self.listen.iter().take(n);
+            if let Some(other) = earlier.find(|other| clash(&other.address, &listener.address)) {
+                problems.add(key(n), format!("`{}` clashes with the listener `{}`", listener.address, other.address));
+            }
+            if let Toggle::On(admin) = &self.admin
+                && clash(&admin.listen, &listener.address)
+            {
+                let why = format!(
+                    "`{}` clashes with `{}` of `listen`: the operator's port is its own",
+                    admin.listen, listener.address
+                );
+                problems.add("admin.listen", why);
             }
         }
-        if let Some(admin) = self.admin.as_ref() {
-            if let Some(other) = taken.get(&admin.listen).filter(|_| fixed(&admin.listen)) {
-                problems.add("admin.listen", format!("`{}` stands at `{other}` already", admin.listen));
-            }
-            if let Some(Err(message)) = admin.token.as_ref().map(Secret::reveal) {
-                problems.add("admin.token", message);
-            }
+        if let Some(token) = self.admin.as_ref().and_then(|admin| admin.token.as_ref()) {
+            problems.at("admin.token", |problems| token.check(problems));
         }
     }
 
     fn check_routes(&self, tree: &Tree, problems: &mut Problems) {
-        let mut names: HashMap<String, usize> = HashMap::new();
-        for (index, route) in self.routes.iter().enumerate() {
-            problems.at(format!("routes.{index}"), |problems| {
-                problems.at("match", |problems| route.matches.check(problems));
-                if let Some(timeouts) = &route.timeouts {
-                    problems.at("timeouts", |problems| timeouts.check(problems));
+        // Also those that could not be read: that was said already.
+        let upstreams = tree.names("upstreams");
+        if upstreams.is_empty() {
+            let how = "needs at least one, as in `{api: {endpoints: [http://127.0.0.1:8000]}}`";
+            problems.add("upstreams", how);
+        } else if self.routes.is_empty() {
+            problems.add("routes", "is missing: with more than one upstream, routes say which requests go where");
+        }
+        let mut names = HashMap::new();
+        for (n, route) in self.routes.iter().enumerate() {
+            problems.at(format!("routes.{n}"), |problems| {
+                let illegal =
+                    |name: &String| !(1..=100).contains(&name.chars().count()) || name.chars().any(char::is_control);
+                if route.name.as_ref().is_some_and(illegal) {
+                    problems.add("name", "must be 1 to 100 characters, none of them a control character");
                 }
-                if !tree.names("upstreams").contains(&route.upstream.as_str()) {
-                    let near = nearest(&route.upstream, tree.names("upstreams"));
-                    let near = near.map_or_else(String::new, |near| format!(", did you mean `{near}`?"));
-                    problems.add("upstream", format!("there is no upstream `{}`{near}", route.upstream));
-                }
-                for key in ["client_header", "keepalive"] {
-                    if tree.has(&format!("routes.{index}.timeouts.{key}")) {
-                        let message = "is about connections, which have no route: set it in `defaults.timeouts`";
-                        problems.add(format!("timeouts.{key}"), message);
-                    }
-                }
-                let earlier = self.routes.iter().take(index).position(|other| other.matches.same(&route.matches));
-                if let Some(earlier) = earlier {
-                    problems
-                        .add("match", format!("matches what `routes.{earlier}` takes already: it is never reached"));
-                } else if let Some(other) = names.insert(route.name(), index) {
+                let same = self.routes.iter().take(n).position(|other| other.matches.same(&route.matches));
+                if let Some(same) = same {
+                    problems.add("match", format!("is that of `routes.{same}`: this route would never be used"));
+                } else if let Some(other) = names.insert(route.name(), n) {
                     problems.add("name", format!("`{}` is the name of `routes.{other}` already", route.name()));
                 }
+                if !upstreams.is_empty() && !upstreams.contains(&&*route.upstream) {
+                    let near = match nearest(&route.upstream, upstreams.iter().copied()) {
+                        Some(near) => format!("did you mean `{near}`?"),
+                        None => format!("there are `{}`", upstreams.join("`, `")),
+                    };
+                    problems.add("upstream", format!("there is no upstream `{}`: {near}", route.upstream));
+                }
+                problems.at("match", |problems| route.matches.check(problems));
+                problems.at("timeouts", |problems| {
+                    for key in ["client_header", "keepalive"] {
+                        if tree.has(&format!("routes.{n}.timeouts.{key}")) {
+                            problems.add(
+                                key,
+                                "is about connections, which have no route yet: set it in `defaults.timeouts`",
+                            );
+                        }
+                    }
+                    if let Some(Toggle::On(timeouts)) = &route.timeouts {
+                        timeouts.check(problems);
+                    }
+                });
             });
         }
+    }
+}
+
+/// What may be left out is an `Option`, but a key without a value is a mistake.
+fn without_null(schema: &mut Schema) {
+    let Some(object) = schema.as_object_mut() else { return };
+    if object.get("default").is_some_and(serde_json::Value::is_null) {
+        object.remove("default");
+    }
+    if let Some(types) = object.get_mut("type")
+        && let Some(several) = types.as_array_mut()
+    {
+        several.retain(|name| name != "null");
+        if let [only] = &**several {
+            *types = only.clone();
+        }
+    }
+    let Some(several) = object.get_mut("anyOf").and_then(serde_json::Value::as_array_mut) else { return };
+    several.retain(|choice| choice != &serde_json::json!({ "type": "null" }));
+    // `$ref` may stand beside a description of its own.
+    if let [serde_json::Value::Object(only)] = &mut **several {
+        let mut only = std::mem::take(only);
+        object.remove("anyOf");
+        object.append(&mut only);
+    }
+}
+
+fn check_log(log: &log::Config, problems: &mut Problems) {
+    if let Err(message) = log.filter() {
+        problems.add("level", message);
+    }
+    if let Some(file) = &log.file
+        && let Some(directory) = file.parent()
+        && !directory.as_os_str().is_empty()
+        && !directory.is_dir()
+    {
+        problems.add("file", format!("the directory `{}` does not exist", directory.display()));
+    }
+}
+
+fn check_file(key: &str, path: &Path, problems: &mut Problems) {
+    if let Err(error) = File::open(path) {
+        problems.add(key, format!("`{}` cannot be read: {error}", path.display()));
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
+}
+
+/// Whether two listeners cannot be open at once.
+fn clash(one: &listener::Address, other: &listener::Address) -> bool {
+    use listener::Address::{Tcp, Unix};
+    match (one, other) {
+        (Unix(one), Unix(other)) => one == other,
+        // Port 0 is a different port each time. `[::]` takes IPv4 too.
+        (Tcp(one), Tcp(other)) => {
+            let takes =
+                |one: IpAddr, other: IpAddr| one == other || one.is_unspecified() && (one.is_ipv6() || other.is_ipv4());
+            one.port() == other.port()
+                && one.port() != 0
+                && (takes(one.ip(), other.ip()) || takes(other.ip(), one.ip()))
+        }
+        _ => false,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::HumanDuration;
 
-    /// What is wrong with this file.
-    fn wrong(yaml: &str) -> String {
+    fn load(text: &str) -> Result<Settings, String> {
         let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("f.yaml");
-        std::fs::write(&file, yaml).unwrap();
-        let sources = Sources { file: Some(file), ..Sources::default() };
-        Settings::load(&sources).map(|_| ()).unwrap_err().to_string().replace(dir.path().to_str().unwrap(), "")
+        let file = dir.path().join("a.yaml");
+        std::fs::write(&file, text).unwrap();
+        let prefix = format!("{}: ", file.display());
+        Settings::load(&Sources { file: Some(file), ..Sources::default() })
+            .map(|(settings, _)| settings)
+            .map_err(|problems| problems.to_string().replace(&prefix, ""))
     }
 
     #[test]
-    fn all_mistakes_are_told_at_once() {
-        let text = wrong(
-            "upstreams: {api: {endpoints: [http://a], protcol: http2}}\nroutes: [{upstream: apo, timeouts: {idle: 5}}]",
-        );
-        for part in ["protcol", "`protocol`", "did you mean `api`?", "routes.0.timeouts.idle"] {
-            assert!(text.contains(part), "{part} in {text}");
+    fn one_upstream_gets_everything() {
+        let settings = load("upstreams: {api: {endpoints: [http://127.0.0.1:8000]}}").unwrap();
+        assert_eq!(settings.routes, [Route::to("api")]);
+        assert_eq!(settings.routes[0].name(), "/*");
+        assert_eq!(settings.routes[0].policies(&settings.defaults), settings.defaults);
+        let Settings { upstreams, routes, .. } = settings.clone();
+        assert_eq!(settings, Settings { upstreams, routes, ..Settings::default() });
+    }
+
+    #[test]
+    fn a_section_of_a_route_replaces_that_of_the_defaults_as_a_whole() {
+        let text = "
+            upstreams: {api: {endpoints: [http://127.0.0.1:8000]}}
+            defaults:
+              timeouts: {first_byte: 1s, idle: 2s}
+              body_limit: {max: 1KiB}
+              errors: openai
+            routes:
+              - {upstream: api, match: {path: /a}, timeouts: {idle: 3s}, body_limit: off}
+              - {upstream: api, match: {path: /b}, timeouts: off, errors: problem, security_headers: off}
+              - {upstream: api}";
+        let settings = load(text).unwrap();
+        let [a, b, rest] = &*settings.routes else { panic!("three routes") };
+        let [a, b, rest] = [a, b, rest].map(|route| route.policies(&settings.defaults));
+        let seconds = |n| Toggle::On(HumanDuration::from_secs(n));
+        assert_eq!(a.timeouts.idle, seconds(3));
+        assert_eq!(a.timeouts.first_byte, seconds(300), "not inherited");
+        assert_eq!((a.body_limit, a.errors), (Toggle::Off, errors::Config::Openai));
+        assert_eq!(b.timeouts.first_byte, Toggle::Off);
+        assert_eq!(b.errors, errors::Config::Problem);
+        assert!(b.security_headers.is_off());
+        assert!(b.body_limit.as_ref().is_some());
+        assert_eq!(rest, settings.defaults);
+    }
+
+    #[test]
+    fn listeners_that_cannot_be_open_at_once_are_found() {
+        let parse = |text: &str| text.parse::<listener::Address>().unwrap();
+        for (one, other, expected) in [
+            ("0.0.0.0:80", "127.0.0.1:80", true),
+            ("[::]:80", "127.0.0.1:80", true),
+            ("[::]:80", "[::1]:80", true),
+            ("0.0.0.0:80", "[::1]:80", false),
+            ("127.0.0.1:80", "127.0.0.2:80", false),
+            ("127.0.0.1:80", "127.0.0.1:81", false),
+            ("127.0.0.1:0", "127.0.0.1:0", false),
+            ("unix:/a", "unix:/a", true),
+            ("unix:/a", "127.0.0.1:80", false),
+        ] {
+            assert_eq!(clash(&parse(one), &parse(other)), expected, "{one} {other}");
+            assert_eq!(clash(&parse(other), &parse(one)), expected, "{other} {one}");
         }
     }
 
     #[test]
-    fn one_upstream_needs_no_route() {
-        let options = vec![("--upstream", "upstreams.default.endpoints", "http://127.0.0.1:8000".to_owned())];
-        let (settings, _) = Settings::load(&Sources { options, ..Sources::default() }).unwrap();
-        assert_eq!(settings.routes.len(), 1);
-        assert_eq!(settings.routes[0].upstream, "default");
+    fn an_upstream_that_could_not_be_read_is_not_unknown() {
+        let problems = load("upstreams: {api: {endpoints: [8000]}}\nroutes: [{upstream: api}]").unwrap_err();
+        assert_eq!(problems, "upstreams.api.endpoints.0: must be text, not a number");
+    }
+
+    #[test]
+    fn a_fixed_answer_may_hold_nulls() {
+        let settings = load("upstreams: {a: {respond: {json: {x: null, y: [~]}}}}").unwrap();
+        let json = settings.upstreams["a"].respond.as_ref().unwrap().json.as_ref().unwrap();
+        assert_eq!(json, &serde_json::json!({"x": null, "y": [null]}));
     }
 }

@@ -39,7 +39,9 @@ pub struct Sources {
     /// Variables of the environment. Only those with `SIDEGATE_` and in capitals count; `__` stands between levels.
     pub environment: Vec<(String, String)>,
     /// What options of the command line say, by the option's name and the key's path.
-    pub options: Vec<(&'static str, &'static str, String)>,
+    pub options: Vec<(&'static str, &'static str, Value)>,
+    /// Keys below which anything may stand, values that are no value among it.
+    pub free: &'static [&'static str],
 }
 
 impl Sources {
@@ -48,6 +50,13 @@ impl Sources {
     pub fn with_environment(mut self) -> Self {
         let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
         self.environment.extend(std::env::vars_os().map(|(name, value)| (lossy(name), lossy(value))));
+        self
+    }
+
+    /// An option of the command line, by its name, that gives the value of `key`.
+    #[must_use]
+    pub fn with_option(mut self, option: &'static str, key: &'static str, value: impl Into<Value>) -> Self {
+        self.options.push((option, key, value.into()));
         self
     }
 
@@ -72,7 +81,7 @@ impl Sources {
             }
         };
         let mut reading = Reading { tree: Tree { pruned: whole.clone(), whole }, taken: Vec::new(), holes: Vec::new() };
-        reading.take_empty(&mut problems);
+        reading.take_empty(self.free, &mut problems);
         let read = reading.read(&mut problems);
         let read = read.map(|mut value: T| {
             let mut found = Problems::default();
@@ -112,9 +121,9 @@ impl Sources {
         let mut variables: Vec<_> = self.environment.iter().filter_map(|(name, value)| variable(name, value)).collect();
         // The order of an environment means nothing: shorter names first, so that the more exact one wins.
         variables.sort_by(|a, b| a.name.cmp(&b.name));
-        let options = self.options.iter().map(|(option, path, text)| Given {
+        let options = self.options.iter().map(|(option, path, value)| Given {
             name: (*option).to_owned(),
-            values: nested(path.split('.'), text.parse::<Value>().unwrap_or_else(|never| match never {})),
+            values: nested(path.split('.'), value.clone()),
         });
         for given in variables.into_iter().chain(options) {
             figment = figment.merge(given);
@@ -359,7 +368,7 @@ struct Reading {
 
 impl Reading {
     /// Takes out keys without a value: nobody can say whether they were meant to be off or left at their default.
-    fn take_empty(&mut self, problems: &mut Problems) {
+    fn take_empty(&mut self, free: &[&str], problems: &mut Problems) {
         fn find(value: &Value, path: &mut Vec<String>, found: &mut Vec<Vec<String>>) {
             let mut below = |key: String, value| {
                 path.push(key);
@@ -378,6 +387,7 @@ impl Reading {
 
         let mut found = Vec::new();
         find(&self.tree.whole, &mut Vec::new(), &mut found);
+        found.retain(|path| !path.iter().any(|key| free.contains(&&**key)));
         for path in &found {
             problems.add(path.join("."), "has no value: give it one, or leave the key out");
         }
@@ -584,7 +594,7 @@ mod tests {
         let file = dir.path().join(name);
         std::fs::write(&file, text).unwrap();
         let owned = environment.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
-        let sources = Sources { file: Some(file), environment: owned.collect(), options: Vec::new() };
+        let sources = Sources { file: Some(file), environment: owned.collect(), ..Sources::default() };
         let check = |whole: &mut Whole, _: &Tree, problems: &mut Problems| {
             for (n, route) in whole.routes.iter().enumerate() {
                 if route.weight.unwrap_or(0) < 10 {
@@ -673,11 +683,9 @@ mod tests {
 
     #[test]
     fn an_option_wins_over_the_environment() {
-        let sources = Sources {
-            file: None,
-            environment: vec![("SIDEGATE_THREADS".to_owned(), "2".to_owned())],
-            options: vec![("--threads", "threads", "x".to_owned()), ("--level", "log.level", "warn".to_owned())],
-        };
+        let environment = vec![("SIDEGATE_THREADS".to_owned(), "2".to_owned())];
+        let sources = Sources { environment, ..Sources::default() };
+        let sources = sources.with_option("--threads", "threads", "x").with_option("--level", "log.level", "warn");
         let problems = sources.load(|_: &mut Whole, _, _| {}).unwrap_err();
         assert_eq!(problems.to_string(), "--threads: threads: must be a whole number from 1 to 65535, not text");
     }

@@ -342,6 +342,13 @@ impl<T> Toggle<T> {
     }
 }
 
+impl Toggle<HumanDuration> {
+    /// What `make` makes of the duration, if it is on.
+    pub fn map_duration<T>(self, make: impl FnOnce(Duration) -> T) -> Option<T> {
+        self.on().map(HumanDuration::get).map(make)
+    }
+}
+
 impl<T> From<T> for Toggle<T> {
     fn from(value: T) -> Self {
         Self::On(value)

@@ -39,6 +39,7 @@ use crate::{
 /// How large a request's body may be. Section `body_limit`; `off` by default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "BodyLimit")]
 pub struct Config {
     /// The most bytes of a body, as it is transferred: `10MiB`. `0` allows none.
     pub max: ByteSize,

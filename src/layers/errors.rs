@@ -36,7 +36,7 @@ use http::{
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tower::{Layer, Service};
 
@@ -46,8 +46,9 @@ use crate::{
 };
 
 /// How sidegate's own answers look on a route. Key `errors`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
+#[schemars(rename = "Errors")]
 pub enum Config {
     /// `application/problem+json`, RFC 9457. The default.
     #[default]

@@ -41,6 +41,7 @@ use crate::{
 /// Correlation ids. Section `request_id`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "RequestId")]
 pub struct Config {
     /// The header that carries the id, both ways. Default `x-request-id`.
     pub header: FieldName,

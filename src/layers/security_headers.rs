@@ -36,7 +36,7 @@ use http::{
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
 
 use crate::{
@@ -56,6 +56,7 @@ const NO_PERMISSIONS: &str = "accelerometer=(), autoplay=(), camera=(), display-
 /// Security headers of responses. Section `security_headers`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "SecurityHeaders")]
 pub struct Config {
     /// Where to start from. Default `api`.
     pub preset: Preset,
@@ -67,7 +68,7 @@ pub struct Config {
 }
 
 /// A set of security headers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Preset {
     /// For APIs: no sniffing, no framing, no referrer, no browser features, nothing to load. The default.

@@ -51,6 +51,7 @@ use crate::{
 /// only.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Timeouts")]
 pub struct Config {
     /// From a connection's start, or a request's first byte, to the end of the request's head; also for the
     /// PROXY header and the TLS handshake. Then the connection is closed. Default `30s`.

@@ -27,6 +27,7 @@ use crate::config::{Check, HumanDuration, Problems};
 /// How the process ends when it is asked to. Section `drain`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Drain")]
 pub struct Config {
     /// How long connections are still accepted after readiness is off, for load balancers to notice.
     /// Default `0s`.

@@ -133,7 +133,7 @@ impl From<Address> for Config {
     }
 }
 
-/// The section form of [`Config`].
+/// A listener in full.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Section {

@@ -35,6 +35,7 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// The certificate of a listener. Section `tls` of an entry of `listen`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "ListenerTls")]
 pub struct Config {
     /// The certificate chain, PEM, the server's own first. Read again when it changes.
     pub certificate: PathBuf,

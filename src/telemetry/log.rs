@@ -18,7 +18,7 @@ use std::{
 
 use prometheus_client::metrics::counter::Counter;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tracing::{Event, Subscriber, field::Field};
 use tracing_subscriber::{
     filter::Targets,
@@ -37,6 +37,7 @@ const GATHER: Duration = Duration::from_millis(20);
 /// What is logged, where, and in which form. Section `log`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Log")]
 pub struct Config {
     /// `json`, one object per line, `pretty`, for people, or `auto`: pretty on a terminal, else JSON.
     /// Default `auto`.
@@ -69,7 +70,7 @@ impl Config {
 }
 
 /// How a line looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
     /// `pretty` on a terminal, else `json`.

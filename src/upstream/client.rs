@@ -124,6 +124,7 @@ impl JsonSchema for Host {
 /// Whom `https://` endpoints are believed. Section `tls` of an upstream.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "UpstreamTls")]
 pub struct Tls {
     /// A PEM file with the certificates to trust. Default: the system's roots.
     pub ca: Option<std::path::PathBuf>,
@@ -132,6 +133,7 @@ pub struct Tls {
 /// Which connections are kept open. Section `pool` of an upstream.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Pool")]
 pub struct PoolConfig {
     /// How long an unused HTTP/1.1 connection is kept; `off` keeps none. Default `55s`. Where the upstream
     /// closes its own sooner that is seen and borne, but a value below the upstream's is better.

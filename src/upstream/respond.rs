@@ -25,6 +25,7 @@ use crate::{
 /// A fixed answer. Section `respond` of an upstream.
 #[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Respond")]
 pub struct Config {
     /// The status, 200 to 599. Default 200.
     pub status: u16,

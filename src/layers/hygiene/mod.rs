@@ -73,6 +73,7 @@ use crate::{
 /// Whom to believe, and what to say of oneself. Section `hygiene`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
+#[schemars(rename = "Hygiene")]
 pub struct Config {
     /// Proxies before sidegate whose `X-Forwarded-*` are believed and added to: addresses, networks, or
     /// `private` for loopback, private and link-local ones and Unix sockets. Default none: what anyone says is
