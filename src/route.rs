@@ -192,7 +192,9 @@ impl<T> Table<T> {
             self.routes.iter().position(|(matches, _)| fits(matches))
         };
         let found = first(path, Form::Raw);
-        if self.paths && !is_plain(path) && readings(path).any(|(form, reading)| first(&reading, form) != found) {
+        // The first reading is the path as it is.
+        let differs = |(form, reading): (Form, Vec<u8>)| first(&reading, form) != found;
+        if self.paths && !is_plain(path) && readings(path).skip(1).any(differs) {
             return Err(Kind::BadRequest("the path can be read as that of two routes"));
         }
         found.and_then(|at| self.routes.get(at)).ok_or(Kind::NoRoute)
