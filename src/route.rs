@@ -465,7 +465,7 @@ mod tests {
         let metrics = Metrics::new().route("bots");
         let (matches, _) = table(&["{path: '/bots/{id}'}"]).routes.remove(0);
         let mut routes = Routes::new(Table::new(vec![(matches, Target { metrics, service })]));
-        let exchange = Exchange::new(tokio::time::Instant::now());
+        let exchange = Exchange::new(&http::Request::new(()));
         let to = |uri: &str| {
             let request = http::Request::builder().uri(uri).extension(exchange.clone());
             request.body(Body::empty()).unwrap()

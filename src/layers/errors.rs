@@ -103,11 +103,18 @@ where
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let about = About {
             format: self.format,
-            uri: request.uri().clone(),
-            request_id: request.extensions().get().map(|RequestId(id)| id.clone()),
-            content_type: request.headers().get(CONTENT_TYPE).cloned(),
+            grpc: request
+                .headers()
+                .get(CONTENT_TYPE)
+                .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")),
             http1: request.version() <= http::Version::HTTP_11,
-            exchange: Exchange::of(&request).cloned(),
+            asked: match Exchange::of(&request) {
+                Some(exchange) => Asked::Recorded(exchange.clone()),
+                None => Asked::Kept {
+                    uri: request.uri().clone(),
+                    request_id: request.extensions().get().map(|RequestId(id)| id.clone()),
+                },
+            },
         };
         let inner = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
         let (inner, panic) = match inner {
@@ -157,26 +164,49 @@ where
 #[derive(Debug)]
 struct About {
     format: Config,
-    uri: Uri,
-    request_id: Option<HeaderValue>,
-    content_type: Option<HeaderValue>,
+    grpc: bool,
     http1: bool,
-    exchange: Option<Exchange>,
+    asked: Asked,
+}
+
+/// Where the request's target and id are found.
+#[derive(Debug)]
+enum Asked {
+    /// In the record, which every answer ends in: nothing needs to be copied for the rare one that fails.
+    Recorded(Exchange),
+    /// Here, where no access log stands outside.
+    Kept { uri: Uri, request_id: Option<HeaderValue> },
+}
+
+impl Asked {
+    fn path(&self) -> &str {
+        match self {
+            Self::Recorded(exchange) => exchange.asked().uri.path(),
+            Self::Kept { uri, .. } => uri.path(),
+        }
+    }
+
+    fn request_id(&self) -> Option<&str> {
+        let id = match self {
+            Self::Recorded(exchange) => &exchange.asked().request_id,
+            Self::Kept { request_id, .. } => request_id,
+        };
+        id.as_ref().and_then(|id| id.to_str().ok())
+    }
 }
 
 impl About {
     fn answer(&self, error: &(dyn std::error::Error + 'static)) -> Response<Bytes> {
         let kind = Error::find(error).map_or(Kind::Internal, Error::kind);
-        if let Some(exchange) = &self.exchange {
+        if let Asked::Recorded(exchange) = &self.asked {
             let mut facts = exchange.facts();
             facts.error = Some(kind.slug());
             facts.cause = Some(chain(error));
         }
         if kind.fault() == Fault::Sidegate {
-            let id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
-            tracing::error!(request_id = id, error = chain(error), "request failed");
+            tracing::error!(request_id = self.asked.request_id(), error = chain(error), "request failed");
         }
-        let mut response = if self.grpc() { grpc(kind) } else { self.json(kind) };
+        let mut response = if self.grpc { grpc(kind) } else { self.json(kind) };
         let headers = response.headers_mut();
         let status = format!("sidegate; error={}", kind.proxy_status());
         headers.insert(PROXY_STATUS, HeaderValue::try_from(status).expect("tokens are visible ASCII"));
@@ -187,12 +217,8 @@ impl About {
         response
     }
 
-    fn grpc(&self) -> bool {
-        self.content_type.as_ref().is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
-    }
-
     fn json(&self, kind: Kind) -> Response<Bytes> {
-        let request_id = self.request_id.as_ref().and_then(|id| id.to_str().ok());
+        let request_id = self.asked.request_id();
         let status = kind.status();
         let (content_type, body) = match self.format {
             Config::Problem => (
@@ -202,7 +228,7 @@ impl About {
                     "title": status.canonical_reason().unwrap_or("Error"),
                     "status": status.as_u16(),
                     "detail": kind.detail(),
-                    "instance": self.uri.path(),
+                    "instance": self.asked.path(),
                     "request_id": request_id,
                 }),
             ),

@@ -434,7 +434,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_upload_that_goes_on_is_not_a_slow_upstream() {
-        let exchange = Exchange::new(Instant::now());
+        let exchange = Exchange::new(&Request::new(()));
         let silent = service_fn(|_: Request<Body>| std::future::pending::<Result<Response<Body>, Infallible>>());
         let mut request = Request::new(Body::from("x"));
         request.extensions_mut().insert(exchange.clone());

@@ -566,8 +566,8 @@ mod tests {
 
         #[test]
         fn encoding_a_path_does_not_change_its_reading(path in "/[ab./;]{0,16}") {
-            let encoded: Vec<_> = path.bytes().flat_map(|byte| [format!("%{byte:02x}")]).collect::<Vec<_>>().concat();
-            let (encoded, path) = (format!("/{}", encoded.concat()), format!("/{path}"));
+            let encoded = path.bytes().map(|byte| format!("%{byte:02x}")).collect::<Vec<_>>().concat();
+            let (encoded, path) = (format!("/{encoded}"), format!("/{path}"));
             prop_assert_eq!(canonical(encoded.as_bytes()), canonical(path.as_bytes()));
         }
 

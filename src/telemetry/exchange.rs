@@ -7,9 +7,14 @@ use std::{
     time::Duration,
 };
 
+use http::{HeaderValue, Method, Uri};
 use tokio::time::Instant;
 
 use super::metrics::RouteMetrics;
+use crate::message::{
+    RequestId,
+    headers::{TRACEPARENT, X_SESSION_ID},
+};
 
 /// What the layers learn about one request while it passes, for the log line and the samples at its end.
 ///
@@ -22,9 +27,25 @@ pub struct Exchange(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     started: Instant,
+    asked: Asked,
     received: AtomicU64,
     sent: AtomicU64,
     facts: Mutex<Facts>,
+}
+
+/// What was asked, as it arrived.
+#[derive(Debug)]
+pub struct Asked {
+    /// The method.
+    pub method: Method,
+    /// The target.
+    pub uri: Uri,
+    /// The correlation id, where `layers::request_id` stands outside.
+    pub request_id: Option<HeaderValue>,
+    /// `x-session-id`.
+    pub session_id: Option<HeaderValue>,
+    /// `traceparent`.
+    pub traceparent: Option<HeaderValue>,
 }
 
 /// The facts themselves. All are absent until a layer writes them.
@@ -69,20 +90,29 @@ impl Drop for Facts {
 }
 
 impl Exchange {
-    /// A new record, begun at `started`.
+    /// A new record of `request`, begun now.
     #[must_use]
-    pub fn new(started: Instant) -> Self {
-        Self(Arc::new(Shared {
-            started,
-            received: AtomicU64::new(0),
-            sent: AtomicU64::new(0),
-            facts: Mutex::default(),
-        }))
+    pub fn new<B>(request: &http::Request<B>) -> Self {
+        let asked = Asked {
+            method: request.method().clone(),
+            uri: request.uri().clone(),
+            request_id: request.extensions().get().map(|RequestId(id)| id.clone()),
+            session_id: request.headers().get(X_SESSION_ID).cloned(),
+            traceparent: request.headers().get(TRACEPARENT).cloned(),
+        };
+        let (received, sent, facts) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::default());
+        Self(Arc::new(Shared { started: Instant::now(), asked, received, sent, facts }))
     }
 
     /// The record of `request`; `None` where no access log layer stands outside.
     pub fn of<B>(request: &http::Request<B>) -> Option<&Self> {
         request.extensions().get()
+    }
+
+    /// What was asked.
+    #[must_use]
+    pub fn asked(&self) -> &Asked {
+        &self.0.asked
     }
 
     /// When the request arrived.

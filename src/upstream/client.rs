@@ -304,7 +304,8 @@ impl Client {
         endpoint.address(&mut request)?;
         let (mut response, lease) = match endpoint.protocol {
             Protocol::Http1 => self.http1(request).await?,
-            Protocol::Http2 => self.http2(request).await?,
+            // Boxed, as is `open`: what is rare must not make the future of every request larger.
+            Protocol::Http2 => Box::pin(self.http2(request)).await?,
         };
         if let Some(progress) = &progress {
             progress.want();
@@ -331,7 +332,7 @@ impl Client {
             let reused = pooled.is_some();
             let mut sender = match pooled {
                 Some(sender) => sender,
-                None => self.open().await?,
+                None => Box::pin(self.open()).await?,
             };
             let again = (reused && may_repeat(&request)).then(|| copy(&request));
             let error = match sender.send.try_send_request(request).await {

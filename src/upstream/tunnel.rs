@@ -26,7 +26,7 @@ const PARTS: u32 = 4;
 /// Carries bytes between two upgraded connections until one side ends, or both are silent for `idle`; then
 /// lets the exchange end.
 pub(super) async fn run(client: OnUpgrade, upstream: OnUpgrade, exchange: Option<Exchange>, idle: Option<Duration>) {
-    let counters = exchange.clone().unwrap_or_else(|| Exchange::new(tokio::time::Instant::now()));
+    let counters = exchange.clone().unwrap_or_else(|| Exchange::new(&http::Request::new(())));
     let end = End(exchange);
     let ended = async {
         let (client, upstream) = tokio::try_join!(client, upstream)?;

@@ -346,7 +346,6 @@ mod tests {
     use std::convert::Infallible;
 
     use http::HeaderMap;
-    use tokio::time::Instant;
     use tower::{ServiceExt, service_fn};
 
     use super::*;
@@ -429,7 +428,7 @@ mod tests {
     async fn naming_the_address_in_connection_does_not_hide_it() {
         let trusting = Config { trusted_proxies: TrustedProxies::new([], true), ..Config::default() };
         let mut request = get(&[("connection", "x-forwarded-for"), ("x-forwarded-for", "203.0.113.9")]);
-        let exchange = Exchange::new(Instant::now());
+        let exchange = Exchange::new(&http::Request::new(()));
         request.extensions_mut().insert(exchange.clone());
         request.extensions_mut().insert(Connection::new(Peer::tcp(([10, 0, 0, 1], 1).into()), false));
         let headers = sent(layer(&trusting), request).await.unwrap();
