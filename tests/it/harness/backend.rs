@@ -1,0 +1,306 @@
+//! Backends that do as the test tells them, when it tells them.
+
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{Arc, Mutex},
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::{Body, Frame};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+};
+
+use super::{Message, Wire, within};
+
+/// A backend of raw sockets: the test accepts each connection and plays the server itself.
+pub struct Backend {
+    listener: TcpListener,
+}
+
+impl Backend {
+    pub async fn start() -> Self {
+        Self { listener: TcpListener::bind("127.0.0.1:0").await.unwrap() }
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.listener.local_addr().unwrap()
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address())
+    }
+
+    /// The next connection.
+    pub async fn accept(&self) -> Wire {
+        let (stream, _) = within("a connection from the proxy", self.listener.accept()).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        Wire::new(stream)
+    }
+
+    /// The next connection and the head of the request on it.
+    pub async fn accept_head(&self) -> (Wire, super::Head) {
+        let mut wire = self.accept().await;
+        let head = wire.head().await;
+        (wire, head)
+    }
+
+    /// A connection that is already there.
+    pub async fn accepted(&self) -> Option<Wire> {
+        poll_fn(|cx| match self.listener.poll_accept(cx) {
+            Poll::Ready(accepted) => Poll::Ready(Some(Wire::new(accepted.unwrap().0))),
+            Poll::Pending => Poll::Ready(None),
+        })
+        .await
+    }
+
+    /// An address where nobody listens.
+    pub async fn nowhere() -> String {
+        Self::start().await.url()
+    }
+}
+
+/// A backend that answers every request with the same bytes and keeps what it was asked.
+///
+/// It reads strictly: a request whose bytes two servers could read in two ways counts as [`Recorded::Ambiguous`].
+pub struct Recorder {
+    address: SocketAddr,
+    requests: Arc<Mutex<Vec<Recorded>>>,
+    _tasks: JoinSet<()>,
+}
+
+/// What a [`Recorder`] was asked.
+#[derive(Debug, Clone)]
+pub enum Recorded {
+    Request(Message),
+    /// Not one unambiguous request; says why.
+    Ambiguous(String),
+}
+
+impl Recorder {
+    /// Answers `200 OK` with the body `ok`.
+    pub async fn ok() -> Self {
+        Self::answering("HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: 2\r\n\r\nok").await
+    }
+
+    pub async fn answering(answer: impl Into<Bytes>) -> Self {
+        let answer = answer.into();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let requests = Arc::new(Mutex::new(Vec::new()));
+        let mut tasks = JoinSet::new();
+        let kept = Arc::clone(&requests);
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                stream.set_nodelay(true).unwrap();
+                connections.spawn(Self::serve(Wire::new(stream), answer.clone(), Arc::clone(&kept)));
+            }
+        });
+        Self { address, requests, _tasks: tasks }
+    }
+
+    async fn serve(mut wire: Wire, answer: Bytes, kept: Arc<Mutex<Vec<Recorded>>>) {
+        while wire.another().await {
+            // The strict reader panics, which a task of its own keeps from ending this one.
+            let mut reading = JoinSet::new();
+            reading.spawn(async move {
+                let request = wire.request().await;
+                (wire, request)
+            });
+            match reading.join_next().await.unwrap() {
+                Ok((read, request)) => {
+                    wire = read;
+                    kept.lock().unwrap().push(Recorded::Request(request));
+                }
+                Err(panic) => {
+                    let why = match panic.into_panic().downcast::<String>() {
+                        Ok(why) => *why,
+                        Err(_) => "unreadable".to_owned(),
+                    };
+                    kept.lock().unwrap().push(Recorded::Ambiguous(why));
+                    return;
+                }
+            }
+            if wire.try_send(&answer).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// All that it was asked so far; panics where something was ambiguous.
+    pub fn requests(&self) -> Vec<Message> {
+        let requests = self.requests.lock().unwrap().clone();
+        requests
+            .into_iter()
+            .map(|recorded| match recorded {
+                Recorded::Request(request) => request,
+                Recorded::Ambiguous(why) => panic!("an ambiguous request went upstream: {why}"),
+            })
+            .collect()
+    }
+
+    /// The only request that it was asked.
+    pub fn only(&self) -> Message {
+        let mut requests = self.requests();
+        assert_eq!(requests.len(), 1, "exactly one request goes upstream: {requests:?}");
+        requests.remove(0)
+    }
+}
+
+/// A backend over HTTP/2 without TLS, extended CONNECT included. The test answers each request.
+pub struct Http2Backend {
+    address: SocketAddr,
+    exchanges: tokio::sync::Mutex<mpsc::UnboundedReceiver<Exchange>>,
+    _tasks: JoinSet<()>,
+}
+
+/// A request that waits for the test's answer.
+pub struct Exchange {
+    pub request: Request<Incoming>,
+    answer: oneshot::Sender<Response<TestBody>>,
+}
+
+impl Http2Backend {
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (found, exchanges) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                stream.set_nodelay(true).unwrap();
+                let found = found.clone();
+                let service = service_fn(move |request| {
+                    let (answer, answered) = oneshot::channel();
+                    found.send(Exchange { request, answer }).ok();
+                    async move {
+                        match answered.await {
+                            Ok(response) => Ok::<_, Infallible>(response),
+                            Err(_) => std::future::pending().await,
+                        }
+                    }
+                });
+                connections.spawn(async move {
+                    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+                        .enable_connect_protocol()
+                        .serve_connection(TokioIo::new(stream), service)
+                        .await
+                        .ok();
+                });
+            }
+        });
+        Self { address, exchanges: tokio::sync::Mutex::new(exchanges), _tasks: tasks }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The next request, whichever connection it comes over.
+    pub async fn next(&self) -> Exchange {
+        within("a request from the proxy", async { self.exchanges.lock().await.recv().await }).await.unwrap()
+    }
+}
+
+impl Exchange {
+    /// Sends the head; the body follows through the returned end.
+    pub fn answer(self, head: Response<()>) -> BodySender {
+        let (sender, body) = body();
+        assert!(self.answer.send(head.map(|()| body)).is_ok(), "the proxy still waits for its answer");
+        sender
+    }
+
+    /// Waits until the proxy takes the request back before it is answered.
+    pub async fn cancelled(&mut self) {
+        within("the request to be cancelled", self.answer.closed()).await;
+    }
+}
+
+/// A body whose frames the test sends one by one. Dropped without [`BodySender::finish`], it breaks off.
+pub struct BodySender(Option<mpsc::Sender<Result<Frame<Bytes>, BrokenOff>>>);
+
+/// A body in a test's hands.
+pub struct TestBody(mpsc::Receiver<Result<Frame<Bytes>, BrokenOff>>);
+
+/// Why a test's body breaks off: the test wants it so.
+#[derive(Debug)]
+pub struct BrokenOff;
+
+/// A body and the end that feeds it.
+pub fn body() -> (BodySender, TestBody) {
+    let (sender, receiver) = mpsc::channel(1);
+    (BodySender(Some(sender)), TestBody(receiver))
+}
+
+impl BodySender {
+    pub async fn data(&self, data: impl Into<Bytes>) {
+        assert!(self.frame(Frame::data(data.into())).await, "the reader of the body is there");
+    }
+
+    /// Sends data; whether anybody still reads it.
+    pub async fn try_data(&self, data: impl Into<Bytes>) -> bool {
+        self.frame(Frame::data(data.into())).await
+    }
+
+    pub async fn trailers(self, trailers: HeaderMap) {
+        assert!(self.frame(Frame::trailers(trailers)).await);
+        self.finish();
+    }
+
+    async fn frame(&self, frame: Frame<Bytes>) -> bool {
+        self.0.as_ref().unwrap().send(Ok(frame)).await.is_ok()
+    }
+
+    /// Ends the body in order.
+    pub fn finish(mut self) {
+        self.0.take();
+    }
+
+    /// Waits until nobody reads the body any more.
+    pub async fn cancelled(&self) {
+        within("the body to be cancelled", self.0.as_ref().unwrap().closed()).await;
+    }
+}
+
+impl Drop for BodySender {
+    fn drop(&mut self) {
+        if let Some(sender) = self.0.take() {
+            // Nobody reads or the frame before was not fetched yet: then a task sees to it.
+            if let Err(mpsc::error::TrySendError::Full(broken)) = sender.try_send(Err(BrokenOff)) {
+                tokio::spawn(async move { sender.send(broken).await });
+            }
+        }
+    }
+}
+
+impl Body for TestBody {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        self.0.poll_recv(cx)
+    }
+}
+
+impl std::fmt::Display for BrokenOff {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("broken off by the test")
+    }
+}
+
+impl std::error::Error for BrokenOff {}

@@ -1,0 +1,275 @@
+//! The real binary, on ports that the system chooses.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    io::{BufRead, BufReader, Read},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::watch;
+
+use super::{Message, PATIENCE, Wire, within};
+
+/// A running sidegate. Dropped, it is asked to end and must do so in order; what it logged is shown
+/// where the test failed.
+pub struct Proxy {
+    child: Child,
+    log: Log,
+    /// Ends when the process's output does, which is when the process has ended.
+    over: mpsc::Receiver<()>,
+    directory: TempDir,
+    address: Option<SocketAddr>,
+    gone: bool,
+}
+
+/// All lines that the process wrote so far.
+#[derive(Clone)]
+struct Log {
+    lines: Arc<Mutex<Vec<String>>>,
+    count: watch::Receiver<usize>,
+}
+
+impl Proxy {
+    /// Runs the file `yaml` with what it leaves out: ports chosen by the system, JSON log lines, a short drain.
+    pub async fn start(yaml: &str) -> Self {
+        let mut proxy = Self::spawn_file(yaml);
+        proxy.find_address().await;
+        proxy
+    }
+
+    /// As [`start`](Self::start), with `UPSTREAM` in the file standing for `url`, and an upstream `api` of that
+    /// URL where the file has none.
+    pub async fn before(url: &str, yaml: &str) -> Self {
+        let mut file = yaml.replace("UPSTREAM", url);
+        if !has_key(&file, "upstreams") {
+            file = format!("upstreams: {{ api: {{ endpoints: [\"{url}\"] }} }}\n{file}");
+        }
+        Self::start(&file).await
+    }
+
+    /// Runs `sidegate --upstream URL`, without a file.
+    pub async fn upstream(url: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let mut proxy =
+            Self::spawn(directory, &["--upstream", url, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        proxy.find_address().await;
+        proxy
+    }
+
+    /// Runs the file without waiting for its listeners.
+    pub fn spawn_file(yaml: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("sidegate.yaml");
+        fs::write(&path, with_defaults(yaml)).unwrap();
+        Self::spawn(directory, &["run", path.to_str().unwrap()])
+    }
+
+    fn spawn(directory: TempDir, arguments: &[&str]) -> Self {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_sidegate"))
+            .args(arguments)
+            .current_dir(directory.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let (counted, count) = watch::channel(0);
+        let (ended, over) = mpsc::channel();
+        let outputs: [Box<dyn Read + Send>; 2] =
+            [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+        for output in outputs {
+            let (lines, counted, ended) = (Arc::clone(&lines), counted.clone(), ended.clone());
+            thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    let mut lines = lines.lock().unwrap();
+                    lines.push(line);
+                    counted.send_replace(lines.len());
+                }
+                drop(ended);
+            });
+        }
+        Self { child, log: Log { lines, count }, over, directory, address: None, gone: false }
+    }
+
+    async fn find_address(&mut self) {
+        let line = self.line("listening").await;
+        self.address = line["address"].as_str().expect("an address").parse().ok();
+    }
+
+    /// Where the first listener is.
+    pub fn address(&self) -> SocketAddr {
+        self.address.expect("the first listener is a TCP one")
+    }
+
+    /// Where the admin port is.
+    pub async fn admin(&self) -> SocketAddr {
+        self.line("admin listening").await["address"].as_str().unwrap().parse().unwrap()
+    }
+
+    /// Where the listener number `index` is.
+    pub async fn listener(&self, index: usize) -> SocketAddr {
+        let line = self.log.find("a listener", |line| line["msg"] == "listening", index).await;
+        line["address"].as_str().unwrap().parse().expect("a TCP address")
+    }
+
+    /// Asks the first listener, over a connection of its own.
+    pub async fn ask(&self, request: impl AsRef<[u8]>) -> Message {
+        Wire::ask(self.address(), request).await
+    }
+
+    /// `GET path` on the first listener.
+    pub async fn get(&self, path: &str) -> Message {
+        self.ask(format!("GET {path} HTTP/1.1\r\nhost: sidegate.test\r\n\r\n")).await
+    }
+
+    /// `GET path` on the admin port.
+    pub async fn admin_get(&self, path: &str) -> Message {
+        Wire::ask(self.admin().await, format!("GET {path} HTTP/1.1\r\nhost: sidegate.test\r\n\r\n")).await
+    }
+
+    /// The value of one series on `/metrics`, named with its labels; 0 where there is none.
+    pub async fn sample(&self, series: &str) -> f64 {
+        let metrics = self.admin_get("/metrics").await.text();
+        let line = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// A connection to the first listener.
+    pub async fn connect(&self) -> Wire {
+        Wire::to(self.address()).await
+    }
+
+    /// A file beside the configuration, which runs in the same directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Replaces the configuration file in one step; nobody is told.
+    pub fn rewrite(&self, yaml: &str) {
+        let next = self.path("next.yaml");
+        fs::write(&next, with_defaults(yaml)).unwrap();
+        fs::rename(next, self.path("sidegate.yaml")).unwrap();
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("the process is there");
+    }
+
+    /// The first log line with this `msg`.
+    pub async fn line(&self, msg: &str) -> Value {
+        self.log.find(msg, |line| line["msg"] == msg, 0).await
+    }
+
+    /// The first log line with this `msg` that meets `condition`.
+    pub async fn line_where(&self, msg: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        self.log.find(msg, |line| line["msg"] == msg && condition(line), 0).await
+    }
+
+    /// The access line of a request, which is written when its response has ended.
+    pub async fn access_line(&self, request_id: &str) -> Value {
+        let is = |line: &Value| line["request_id"] == request_id && !line["duration_ms"].is_null();
+        self.log.find(&format!("the access line of {request_id}"), is, 0).await
+    }
+
+    /// Everything that was logged so far.
+    pub fn logged(&self) -> String {
+        self.log.lines.lock().unwrap().join("\n")
+    }
+
+    /// Memory that the process holds, in KiB.
+    pub fn resident(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("/proc");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Waits until the process has ended.
+    pub async fn exit(mut self) -> (ExitStatus, String) {
+        let mut count = self.log.count.clone();
+        within("the process to end", async { while count.changed().await.is_ok() {} }).await;
+        self.gone = true;
+        (self.child.wait().unwrap(), self.logged())
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        let failed = thread::panicking();
+        if !self.gone {
+            if !failed {
+                self.signal(Signal::TERM);
+            }
+            let ended =
+                !failed && matches!(self.over.recv_timeout(PATIENCE), Err(mpsc::RecvTimeoutError::Disconnected));
+            if !ended {
+                self.child.kill().ok();
+            }
+            let status = self.child.wait();
+            if !failed {
+                assert!(ended, "asked to end, it did not:\n{}", self.logged());
+                let status = status.unwrap();
+                assert!(status.success(), "it ended with {status}:\n{}", self.logged());
+            }
+        }
+        if failed {
+            eprintln!("--- sidegate logged:\n{}\n---", self.logged());
+        }
+    }
+}
+
+impl Log {
+    async fn find(&self, what: &str, is: impl Fn(&Value) -> bool, skip: usize) -> Value {
+        let mut count = self.count.clone();
+        let mut looked_at = 0;
+        let mut skip = skip;
+        within(what, async {
+            loop {
+                let now = *count.borrow_and_update();
+                while looked_at < now {
+                    let line = self.lines.lock().unwrap()[looked_at].clone();
+                    looked_at += 1;
+                    let Ok(line) = serde_json::from_str(&line) else { continue };
+                    if is(&line) {
+                        if skip == 0 {
+                            return line;
+                        }
+                        skip -= 1;
+                    }
+                }
+                if count.changed().await.is_err() && *count.borrow() == looked_at {
+                    let lines = self.lines.lock().unwrap().join("\n");
+                    panic!("the process ended without {what}; it wrote:\n{lines}");
+                }
+            }
+        })
+        .await
+    }
+}
+
+fn has_key(yaml: &str, key: &str) -> bool {
+    yaml.lines().any(|line| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':')))
+}
+
+fn with_defaults(yaml: &str) -> String {
+    let mut file = String::new();
+    for (key, value) in [
+        ("listen", "127.0.0.1:0"),
+        ("admin", "{ listen: 127.0.0.1:0 }"),
+        ("log", "{ format: json }"),
+        ("drain", "{ timeout: 2s }"),
+    ] {
+        if !has_key(yaml, key) {
+            writeln!(file, "{key}: {value}").unwrap();
+        }
+    }
+    file + yaml
+}

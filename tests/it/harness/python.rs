@@ -1,0 +1,82 @@
+//! The real FastAPI application under uvicorn, in the environment that `scripts/setup test` makes.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread,
+};
+
+use std::io::{BufRead, BufReader};
+use tokio::sync::mpsc;
+
+use super::{Message, Wire, within};
+
+/// A uvicorn that serves `tests/backends/fastapi/app.py`. Dropped, it is killed.
+pub struct Fastapi {
+    child: Child,
+    address: SocketAddr,
+}
+
+impl Fastapi {
+    pub async fn start() -> Self {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let python = root.join(".venv/bin/python");
+        assert!(python.exists(), "no Python environment: run scripts/setup test");
+        let mut child = Command::new(python)
+            .args(["-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", "0", "--no-use-colors"])
+            .arg("--app-dir")
+            .arg(root.join("tests/backends/fastapi"))
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("Python runs");
+        let log = BufReader::new(child.stderr.take().unwrap());
+        let (found, mut address) = mpsc::unbounded_channel();
+        let mut backend = Self { child, address: ([127, 0, 0, 1], 0).into() };
+        // Reads to the end, so that uvicorn never waits for a full pipe; libtest shows it where the test failed.
+        thread::spawn(move || {
+            for line in log.lines().map_while(Result::ok) {
+                if let Some((_, rest)) = line.split_once("Uvicorn running on http://") {
+                    found.send(rest.split(' ').next().unwrap().parse().unwrap()).ok();
+                } else {
+                    eprintln!("uvicorn: {line}");
+                }
+            }
+        });
+        backend.address = within("uvicorn", address.recv()).await.expect("uvicorn starts (its output is above)");
+        backend
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Asks the application itself, past the proxy.
+    pub async fn ask(&self, request: impl AsRef<[u8]>) -> Message {
+        Wire::ask(self.address, request).await
+    }
+
+    /// Lets `stream` send its next event, or end when `event` is empty.
+    pub async fn next(&self, stream: &str, event: &str) {
+        let length = event.len();
+        let request =
+            format!("POST /next/{stream} HTTP/1.1\r\nhost: backend\r\ncontent-length: {length}\r\n\r\n{event}");
+        assert_eq!(self.ask(request).await.status(), 204);
+    }
+
+    /// Waits until `stream` is `begun`, `done` or `cancelled`.
+    pub async fn until(&self, stream: &str, state: &str) {
+        let answer = self.ask(format!("GET /state/{stream}/{state} HTTP/1.1\r\nhost: backend\r\n\r\n")).await;
+        assert_eq!(answer.status(), 204);
+    }
+}
+
+impl Drop for Fastapi {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
