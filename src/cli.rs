@@ -12,7 +12,10 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    config::{Problems, load::Sources},
+    config::{
+        Problems,
+        load::{Sources, Tree},
+    },
     server,
     settings::Settings,
     telemetry::log::chain,
@@ -122,11 +125,11 @@ pub fn main() -> ExitCode {
 }
 
 fn run(sources: &Sources) -> ExitCode {
-    let settings = match Settings::load(sources) {
-        Ok((settings, _)) => settings,
+    let (settings, tree) = match Settings::load(sources) {
+        Ok(loaded) => loaded,
         Err(problems) => return refuse(&problems),
     };
-    match serve(settings, sources.clone()) {
+    match serve(settings, &tree, sources.clone()) {
         Ok(()) => OK.into(),
         Err(error) => {
             complain(&format!("sidegate: {}", chain(&*error)));
@@ -150,7 +153,7 @@ fn check(sources: &Sources) -> ExitCode {
 }
 
 /// Serves until the process is asked to stop.
-fn serve(settings: Settings, sources: Sources) -> Result<(), Box<dyn Error + Send + Sync>> {
+fn serve(settings: Settings, tree: &Tree, sources: Sources) -> Result<(), Box<dyn Error + Send + Sync>> {
     let threads = settings.threads.or_else(|| std::thread::available_parallelism().ok());
     let threads = threads.map_or(1, NonZeroUsize::get);
     let mut builder = if threads == 1 {
@@ -159,7 +162,7 @@ fn serve(settings: Settings, sources: Sources) -> Result<(), Box<dyn Error + Sen
         tokio::runtime::Builder::new_multi_thread()
     };
     let runtime = builder.worker_threads(threads).enable_all().build()?;
-    runtime.block_on(server::serve(settings, Arc::new(sources)))
+    runtime.block_on(server::serve(settings, tree, Arc::new(sources)))
 }
 
 fn refuse(problems: &Problems) -> ExitCode {

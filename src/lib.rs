@@ -41,6 +41,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests may collect bodies and spawn tasks"))]
 
+pub mod admin;
 pub mod cli;
 pub mod config;
 pub mod layers;

@@ -108,7 +108,7 @@ impl Timing {
         Duration::from_micros(self.client_header.load(Ordering::Relaxed))
     }
 
-    fn keepalive(&self) -> Duration {
+    pub(super) fn keepalive(&self) -> Duration {
         Duration::from_micros(self.keepalive.load(Ordering::Relaxed))
     }
 }
@@ -976,7 +976,6 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "tasks of tests end with them")]
 mod tests {
     use std::future::{pending, ready as now};
 

@@ -9,7 +9,7 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -22,7 +22,10 @@ use tokio::{
 };
 use tracing::info;
 
-use crate::config::{Check, HumanDuration, Problems};
+use crate::{
+    admin::health::{Phase, Readiness},
+    config::{Check, HumanDuration, Problems},
+};
 
 /// How the process ends when it is asked to. Section `drain`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
@@ -49,24 +52,49 @@ impl Check for Config {
 
 /// Asks a server to stop. Clones ask the same server.
 #[derive(Debug, Clone)]
-pub struct Shutdown(Arc<watch::Sender<u8>>);
+pub struct Shutdown(Arc<Asking>);
+
+#[derive(Debug)]
+struct Asking {
+    asked: watch::Sender<u8>,
+    times: Mutex<Config>,
+    readiness: Readiness,
+}
 
 impl Shutdown {
     /// Not asked for yet.
     #[must_use]
-    pub fn new() -> Self {
-        Self(Arc::new(watch::Sender::new(0)))
+    pub fn new(times: Config) -> Self {
+        let (asked, readiness) = (watch::Sender::new(0), Readiness::default());
+        Self(Arc::new(Asking { asked, times: Mutex::new(times), readiness }))
     }
 
     /// Asks once more: the first time for a drain, the second for an end at once.
     pub fn ask(&self) {
-        self.0.send_modify(|asked| *asked = asked.saturating_add(1));
+        // First of all: who is told to stop must not get new requests.
+        self.0.readiness.reach(Phase::Draining);
+        self.0.asked.send_modify(|asked| *asked = asked.saturating_add(1));
     }
 
-    /// Whether a drain was asked for: time to fail the readiness probe.
+    /// Whether a drain was asked for.
     #[must_use]
     pub fn is_asked(&self) -> bool {
-        *self.0.borrow() > 0
+        *self.0.asked.borrow() > 0
+    }
+
+    /// What readiness probes are told: ready while the server runs, until it is asked to stop.
+    #[must_use]
+    pub fn readiness(&self) -> &Readiness {
+        &self.0.readiness
+    }
+
+    /// Changes how long a drain may take, if none has begun.
+    pub fn set_times(&self, times: Config) {
+        *self.0.times.lock().unwrap_or_else(PoisonError::into_inner) = times;
+    }
+
+    pub(super) fn times(&self) -> Config {
+        *self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for the first time.
@@ -80,7 +108,7 @@ impl Shutdown {
     }
 
     async fn at_least(&self, times: u8) {
-        let mut asked = self.0.subscribe();
+        let mut asked = self.0.asked.subscribe();
         // The sender is ours: the channel cannot close while we wait.
         drop(asked.wait_for(|asked| *asked >= times).await);
     }
@@ -107,7 +135,7 @@ impl Shutdown {
 
 impl Default for Shutdown {
     fn default() -> Self {
-        Self::new()
+        Self::new(Config::default())
     }
 }
 

@@ -217,7 +217,6 @@ impl Listener {
                 (ListenSocket::Unix(listener, file), Address::Unix(path))
             }
         };
-        info!(%address, "listening");
         Ok(Self { socket, address, transport })
     }
 

@@ -11,12 +11,14 @@ pub mod connection;
 pub mod drain;
 pub mod listener;
 mod proxy_protocol;
+pub mod reload;
 pub mod tls;
 
 use std::{fmt, future::Future, io, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http_body::Body as HttpBody;
 use tokio::{
     sync::Semaphore,
@@ -29,10 +31,15 @@ use self::{
     connection::{Limits, Shared, Timing},
     drain::{Drain, Shutdown},
     listener::Listener,
+    reload::Reloads,
     tls::Tls,
 };
 use crate::{
-    config::load::Sources,
+    admin::{Admin, health::Phase},
+    config::{
+        ByteSize, Toggle,
+        load::{Sources, Tree},
+    },
     message::{BoxError, Request},
     registry::Registry,
     settings::Settings,
@@ -140,6 +147,11 @@ impl Bound {
         self.listeners.iter().map(Listener::address)
     }
 
+    /// The certificates of listeners with TLS, to be looked at when somebody knows that they changed.
+    fn certificates(&self) -> Vec<Arc<Tls>> {
+        self.listeners.iter().filter_map(Listener::tls).collect()
+    }
+
     /// The silence that connections are allowed; may be changed while they are open.
     #[must_use]
     pub fn timing(&self) -> Arc<Timing> {
@@ -150,17 +162,11 @@ impl Bound {
     /// to theirs or were cut.
     ///
     /// Dropping the future cuts everything at once.
-    pub async fn run<H: Handler>(
-        self,
-        handler: H,
-        process: Process,
-        drain: drain::Config,
-        shutdown: Shutdown,
-    ) -> Outcome {
+    pub async fn run<H: Handler>(self, handler: H, process: Process, shutdown: Shutdown) -> Outcome {
         let draining = Drain::new();
+        let certificates = self.certificates();
         let open = Arc::new(Semaphore::new(self.connections.min(Semaphore::MAX_PERMITS)));
         let shared = Arc::new(Shared::new(handler, self.limits, self.timing, draining.clone()));
-        let certificates: Vec<_> = self.listeners.iter().filter_map(Listener::tls).collect();
         let mut chores = JoinSet::new();
         if !certificates.is_empty() {
             chores.spawn(look_at(certificates));
@@ -170,7 +176,9 @@ impl Bound {
             loops.spawn(listener.accept_loop(shared.clone(), open.clone(), process.clone()));
         }
 
+        shutdown.readiness().reach(Phase::Ready);
         shutdown.asked().await;
+        let drain = shutdown.times();
         if !drain.delay.is_zero() {
             info!(delay = %drain.delay, "still accepting, not ready");
             tokio::select! {
@@ -209,38 +217,78 @@ async fn look_at(certificates: Vec<Arc<Tls>>) {
     }
 }
 
-/// Serves as `settings` say, until the process is asked to stop and has drained.
+/// Connections of operators that are open at once.
+const OPERATORS: usize = 64;
+
+/// Serves as `settings` say, until the process is asked to stop and has drained, or its connections were cut.
+/// Takes the process' signals and its log.
 ///
 /// # Errors
 /// The log cannot be opened, the stack cannot be built, or an address cannot be listened on.
-pub async fn serve(settings: Settings, _sources: Arc<Sources>) -> Result<(), BoxError> {
+pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Result<(), BoxError> {
     let metrics = Metrics::new();
     let (log, _guard) = log::open(&settings.log, metrics.process().log_lines_dropped.clone())?;
     log::install(&log, settings.log.filter()?)?;
-    let registry = Registry::new(metrics.clone(), log);
+    let registry = Arc::new(Registry::new(metrics.clone(), log));
     let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry)?));
-    let bound = Server {
-        listen: settings.listen.0.clone(),
-        connections: settings.limits.connections.get() as usize,
-        limits: Limits {
-            headers: settings.limits.headers as usize,
-            header_bytes: usize::try_from(settings.limits.header_bytes.get()).unwrap_or(usize::MAX),
-            uri_bytes: usize::try_from(settings.limits.uri_bytes.get()).unwrap_or(usize::MAX),
-            http2_streams: settings.limits.http2_streams.get(),
-        },
-        timing: Timing::new(settings.defaults.timeouts.client_header.get(), settings.defaults.timeouts.keepalive.get()),
-    };
-    let bound = bound.bind().await?;
-    let shutdown = Shutdown::new();
-    let signals = shutdown.on_signals()?;
-    let handler = move |request| stack.load().call(request);
-    tokio::select! {
-        outcome = bound.run(handler, metrics.process().clone(), settings.drain, shutdown) => {
-            info!(?outcome, "stopped");
+    let shutdown = Shutdown::new(settings.drain);
+
+    let front = Server::from(&settings).bind().await?;
+    for address in front.addresses() {
+        info!(%address, "listening");
+    }
+    // Dropped when the front has ended, and with them whoever still is at the operator's port.
+    let mut chores = JoinSet::new();
+    let access = settings.admin.as_ref().map(reload::access).transpose()?;
+    let (admin, asked) = Admin::new(metrics.clone(), shutdown.readiness().clone(), access.unwrap_or_default());
+    reload::tell(&admin, &settings, tree);
+    if let Toggle::On(of) = &settings.admin {
+        let listen = vec![of.listen.clone().into()];
+        let (limits, timing) = (Limits::default(), Timing::default());
+        let port = Server { listen, connections: OPERATORS, limits, timing }.bind().await?;
+        for address in port.addresses() {
+            info!(%address, "admin listening");
         }
-        () = signals => {}
+        let answer = {
+            let admin = admin.clone();
+            move |request| admin.clone().answer(request)
+        };
+        // It answers to the end of the drain, so nobody asks it to stop.
+        chores.spawn(port.run(answer, Process::default(), Shutdown::default()).map(|_| ()));
+    }
+    chores.spawn(shutdown.on_signals()?);
+    let handler = {
+        let stack = stack.clone();
+        move |request| stack.load().call(request)
+    };
+    let (timing, certificates) = (front.timing(), front.certificates());
+    let reloads =
+        Reloads { sources, settings, stack, registry, timing, shutdown: shutdown.clone(), certificates, admin };
+    chores.spawn(reloads.run(asked)?);
+
+    match front.run(handler, metrics.process().clone(), shutdown).await {
+        Outcome::Drained => info!("stopped"),
+        Outcome::Cut(connections) => warn!(connections, "stopped, and cut connections"),
     }
     Ok(())
+}
+
+impl From<&Settings> for Server {
+    fn from(settings: &Settings) -> Self {
+        let (limits, timeouts) = (&settings.limits, &settings.defaults.timeouts);
+        let bytes = |size: ByteSize| usize::try_from(size.get()).unwrap_or(usize::MAX);
+        Self {
+            listen: settings.listen.0.clone(),
+            connections: usize::try_from(limits.connections.get()).unwrap_or(usize::MAX),
+            limits: Limits {
+                headers: limits.headers as usize,
+                header_bytes: bytes(limits.header_bytes),
+                uri_bytes: bytes(limits.uri_bytes),
+                http2_streams: limits.http2_streams.get(),
+            },
+            timing: Timing::new(timeouts.client_header.get(), timeouts.keepalive.get()),
+        }
+    }
 }
 
 #[cfg(test)]

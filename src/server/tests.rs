@@ -1,7 +1,5 @@
 //! The server over real sockets on the loopback, with a handler in place of the stack.
 
-#![expect(clippy::disallowed_methods, reason = "bodies of tests are short, and their tasks end with them")]
-
 use std::{convert::Infallible, net::SocketAddr};
 
 use bytes::Bytes;
@@ -36,8 +34,8 @@ fn server() -> Server {
 async fn start_with(server: Server, drain: drain::Config, handler: impl Handler) -> Front {
     let bound = server.bind().await.unwrap();
     let Some(Address::Tcp(address)) = bound.addresses().next().cloned() else { panic!("a TCP listener") };
-    let (shutdown, process) = (Shutdown::new(), Process::default());
-    let running = tokio::spawn(bound.run(handler, process.clone(), drain, shutdown.clone()));
+    let (shutdown, process) = (Shutdown::new(drain), Process::default());
+    let running = tokio::spawn(bound.run(handler, process.clone(), shutdown.clone()));
     Front { address, shutdown, process, running }
 }
 

@@ -1,0 +1,490 @@
+//! The operator's port: probes, metrics, the configuration, and its reload. JSON unless said otherwise.
+//!
+//! | | |
+//! |---|---|
+//! | `GET /livez` | 200 as long as the process answers |
+//! | `GET /readyz` | 200 when traffic should come; 503 before, and from the beginning of a drain |
+//! | `GET /health` | the components: process, configuration, upstreams |
+//! | `GET /metrics` | OpenMetrics text |
+//! | `GET /config` | what file, environment and command line give together, secrets redacted |
+//! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
+//!
+//! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
+//! connect. Browsers are kept out: a request with `Origin` changes nothing, and on a loopback address the
+//! `Host` must be an address or `localhost`, so that a name of somebody's that is pointed here (DNS rebinding)
+//! reads nothing either.
+
+pub mod health;
+
+use std::{
+    hint::black_box,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use http::{HeaderValue, Method, StatusCode, header, uri::Authority};
+use serde_json::{Value, json};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use self::health::{Phase, Readiness};
+use crate::{
+    config::Problems,
+    message::{Body, Request, Response},
+    telemetry::metrics::{CONTENT_TYPE, Metrics},
+};
+
+/// Reloads that may wait for their turn; more are refused.
+const WAITING: usize = 8;
+
+/// What the configuration is, and how the last reload went.
+#[derive(Debug, Clone, Default)]
+pub struct Configuration {
+    /// Counts the configurations that took effect, from 1.
+    pub generation: u64,
+    /// What the sources give together, secrets redacted.
+    pub given: Value,
+    /// Upstreams by name, with their endpoint as metrics and logs call it; none for a fixed answer.
+    pub upstreams: Vec<(String, Option<String>)>,
+    /// The problems of the last reload, if it was refused.
+    pub refused: Option<Vec<String>>,
+}
+
+/// A reload that somebody waits for: where its outcome goes.
+pub type Asked = oneshot::Sender<Result<u64, Problems>>;
+
+/// The operator's port. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Admin(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    started: Instant,
+    metrics: Metrics,
+    readiness: Readiness,
+    configuration: Mutex<Configuration>,
+    reload: mpsc::Sender<Asked>,
+    access: Access,
+}
+
+/// Who may change state.
+#[derive(Clone, Default)]
+pub struct Access {
+    /// Whether only this machine can connect.
+    pub local: bool,
+    /// Whether it is an IP address of the loopback, which a browser on this machine can be sent to.
+    pub loopback: bool,
+    /// What others have to show.
+    pub token: Option<String>,
+}
+
+impl std::fmt::Debug for Access {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Access").field("local", &self.local).finish_non_exhaustive()
+    }
+}
+
+impl Admin {
+    /// The port of a process, and where its reloads are asked for.
+    #[must_use]
+    pub fn new(metrics: Metrics, readiness: Readiness, access: Access) -> (Self, mpsc::Receiver<Asked>) {
+        let (reload, asked) = mpsc::channel(WAITING);
+        let (started, configuration) = (Instant::now(), Mutex::default());
+        (Self(Arc::new(Shared { started, metrics, readiness, configuration, reload, access })), asked)
+    }
+
+    /// The configuration that is told of. Held for a few instructions.
+    pub fn configuration(&self) -> MutexGuard<'_, Configuration> {
+        self.0.configuration.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers a request of an operator.
+    pub async fn answer(self, request: Request) -> Response {
+        if self.0.access.loopback && !is_of_this_machine(&request) {
+            return problem(
+                StatusCode::MISDIRECTED_REQUEST,
+                "on a loopback address, `Host` is an address or `localhost`",
+            );
+        }
+        let Some(page) = Page::of(request.uri().path()) else {
+            let paths: Vec<_> = Page::ALL.iter().map(|page| format!("{} {}", page.method(), page.path())).collect();
+            let mut response = json!({ "title": "Not Found", "status": 404, "paths": paths });
+            response["type"] = "about:blank".into();
+            return answer(StatusCode::NOT_FOUND, &response);
+        };
+        let allowed =
+            page.method() == request.method() || page.method() == Method::GET && request.method() == Method::HEAD;
+        if !allowed {
+            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "see `Allow`");
+            let allow = if page.method() == Method::GET { "GET, HEAD" } else { "POST" };
+            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
+            return response;
+        }
+        match page {
+            Page::Live => answer(StatusCode::OK, &json!({ "status": "ok" })),
+            Page::Ready => {
+                let phase = self.0.readiness.phase();
+                let status = if phase == Phase::Ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                answer(status, &json!({ "status": phase.as_str() }))
+            }
+            Page::Health => answer(StatusCode::OK, &self.health()),
+            Page::Metrics => {
+                let mut response = Response::new(Body::from(self.0.metrics.encode()));
+                response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
+                response
+            }
+            Page::Config => {
+                let configuration = self.configuration().clone();
+                answer(StatusCode::OK, &json!({ "generation": configuration.generation, "given": configuration.given }))
+            }
+            Page::Reload => match self.refuse_change(&request) {
+                Some(refusal) => refusal,
+                None => self.reload().await,
+            },
+        }
+    }
+
+    fn health(&self) -> Value {
+        let configuration = self.configuration().clone();
+        let metrics = &self.0.metrics;
+        let upstreams: serde_json::Map<_, _> = configuration
+            .upstreams
+            .iter()
+            .map(|(name, endpoint)| {
+                let known = endpoint.as_ref().map_or_else(
+                    || json!({ "kind": "respond" }),
+                    |endpoint| {
+                        let samples = metrics.endpoint(name, endpoint);
+                        let (answered, failed) = (samples.answered.get(), samples.failed.get());
+                        json!({ "kind": "endpoints", "endpoint": endpoint, "answered": answered, "failed": failed })
+                    },
+                );
+                (name.clone(), known)
+            })
+            .collect();
+        let phase = self.0.readiness.phase();
+        let process = metrics.process();
+        json!({
+            "status": if phase == Phase::Ready && configuration.refused.is_some() { "degraded" } else { phase.as_str() },
+            "components": {
+                "process": {
+                    "status": phase.as_str(),
+                    "version": env!("CARGO_PKG_VERSION"),
+                    "uptime_seconds": self.0.started.elapsed().as_secs(),
+                    "connections": process.connections.get(),
+                    "accept_errors": process.accept_errors.get(),
+                },
+                "config": {
+                    "status": if configuration.refused.is_some() { "refused" } else { "ok" },
+                    "generation": configuration.generation,
+                    "reloads": process.reloads.get(),
+                    "reloads_refused": process.reloads_refused.get(),
+                    "problems": configuration.refused.unwrap_or_default(),
+                },
+                "upstreams": upstreams,
+            },
+        })
+    }
+
+    /// Why `request` may not change anything, if so.
+    fn refuse_change(&self, request: &Request) -> Option<Response> {
+        let access = &self.0.access;
+        if request.headers().contains_key(header::ORIGIN) {
+            return Some(problem(StatusCode::FORBIDDEN, "not from a browser: the request has an `Origin`"));
+        }
+        if access.local {
+            return None;
+        }
+        let Some(token) = &access.token else {
+            return Some(problem(
+                StatusCode::FORBIDDEN,
+                "set `admin.token`, or let `admin.listen` be a loopback address",
+            ));
+        };
+        let shown = request.headers().get(header::AUTHORIZATION).map(HeaderValue::as_bytes).unwrap_or_default();
+        let is_bearer = shown.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"bearer "));
+        if is_bearer && is_same(&shown[7..], token.as_bytes()) {
+            return None;
+        }
+        let mut response =
+            problem(StatusCode::UNAUTHORIZED, "show the token of `admin.token` as `Authorization: Bearer`");
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        Some(response)
+    }
+
+    async fn reload(&self) -> Response {
+        let (done, outcome) = oneshot::channel();
+        if self.0.reload.try_send(done).is_err() {
+            return problem(StatusCode::SERVICE_UNAVAILABLE, "no reload is possible now");
+        }
+        match outcome.await {
+            Ok(Ok(generation)) => answer(StatusCode::OK, &json!({ "status": "reloaded", "generation": generation })),
+            Ok(Err(problems)) => {
+                let list: Vec<_> = problems
+                    .iter()
+                    .map(|problem| json!({ "key": problem.key, "message": problem.message, "origin": problem.origin }))
+                    .collect();
+                let mut refusal = json!({ "title": "The configuration was refused", "status": 409, "problems": list });
+                refusal["type"] = "about:blank".into();
+                refusal["detail"] = "nothing has changed".into();
+                answer(StatusCode::CONFLICT, &refusal)
+            }
+            Err(_) => problem(StatusCode::SERVICE_UNAVAILABLE, "the process is ending"),
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Page {
+    Live,
+    Ready,
+    Health,
+    Metrics,
+    Config,
+    Reload,
+}
+
+impl Page {
+    const ALL: [Self; 6] = [Self::Live, Self::Ready, Self::Health, Self::Metrics, Self::Config, Self::Reload];
+
+    fn of(path: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|page| page.path() == path)
+    }
+
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Live => "/livez",
+            Self::Ready => "/readyz",
+            Self::Health => "/health",
+            Self::Metrics => "/metrics",
+            Self::Config => "/config",
+            Self::Reload => "/reload",
+        }
+    }
+
+    const fn method(self) -> Method {
+        match self {
+            Self::Reload => Method::POST,
+            _ => Method::GET,
+        }
+    }
+}
+
+/// Whether the client named this machine and not a name that it was given.
+fn is_of_this_machine(request: &Request) -> bool {
+    let authority = match request.uri().authority() {
+        Some(authority) => Some(authority.clone()),
+        None => match request.headers().get(header::HOST) {
+            // HTTP/1.0, which no browser speaks.
+            None => return true,
+            Some(host) => Authority::try_from(host.as_bytes()).ok(),
+        },
+    };
+    authority.is_some_and(|authority| {
+        let host = authority.host();
+        let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+        host.eq_ignore_ascii_case("localhost") || address.parse::<IpAddr>().is_ok()
+    })
+}
+
+/// Compares in a time that does not depend on where the two differ.
+fn is_same(one: &[u8], other: &[u8]) -> bool {
+    one.len() == other.len() && black_box(one.iter().zip(other).fold(0, |sum, (one, other)| sum | (one ^ other))) == 0
+}
+
+fn answer(status: StatusCode, body: &Value) -> Response {
+    let mut response = Response::new(Body::from(format!("{body}\n")));
+    *response.status_mut() = status;
+    let kind = if status.is_client_error() { "application/problem+json" } else { "application/json" };
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
+}
+
+fn problem(status: StatusCode, detail: &str) -> Response {
+    let title = status.canonical_reason().unwrap_or_default();
+    answer(status, &json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail }))
+}
+
+/// What stands in the place of a secret.
+const REDACTED: &str = "[redacted]";
+
+/// Takes out of `given` what might be secret: what is called so, passwords in URLs, and values of header fields that
+/// routes match. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
+#[must_use]
+pub fn redact(given: Value) -> Value {
+    match given {
+        Value::Object(entries) => entries.into_iter().map(|(key, value)| redact_entry(key, value)).collect(),
+        Value::Array(items) => items.into_iter().map(redact).collect(),
+        Value::String(text) => Value::String(without_password(text)),
+        other => other,
+    }
+}
+
+fn redact_entry(key: String, value: Value) -> (String, Value) {
+    const SECRETS: [&str; 5] = ["token", "secret", "password", "credential", "api_key"];
+    let is_secret = SECRETS.iter().any(|secret| key.contains(secret));
+    let value = match (key.as_str(), value) {
+        (_, Value::Object(place)) if is_secret && place.keys().all(|key| key == "env" || key == "file") => {
+            Value::Object(place)
+        }
+        (_, _) if is_secret => REDACTED.into(),
+        ("match", Value::Object(mut of)) => {
+            if let Some(Value::Object(headers)) = of.get_mut("headers") {
+                headers.values_mut().for_each(|value| *value = REDACTED.into());
+            }
+            Value::Object(of)
+        }
+        (_, value) => redact(value),
+    };
+    (key, value)
+}
+
+/// A URL without the password in it.
+fn without_password(text: String) -> String {
+    let Some((scheme, rest)) = text.split_once("://") else { return text };
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    match authority.rsplit_once('@') {
+        Some((user, _)) => format!("{scheme}://{REDACTED}{}", rest.strip_prefix(user).unwrap_or_default()),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    const LOOPBACK: Access = Access { local: true, loopback: true, token: None };
+
+    fn admin(access: Access) -> (Admin, mpsc::Receiver<Asked>) {
+        Admin::new(Metrics::new(), Readiness::default(), access)
+    }
+
+    fn request(method: &str, path: &str) -> http::request::Builder {
+        http::Request::builder().method(method).uri(path).header("host", "127.0.0.1:9090")
+    }
+
+    async fn ask(admin: &Admin, request: http::request::Builder) -> (StatusCode, String) {
+        let response = admin.clone().answer(request.body(Body::empty()).unwrap()).await;
+        let (status, body) = (response.status(), response.into_body().collect().await.unwrap().to_bytes());
+        (status, String::from_utf8(body.into()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn readiness_is_told_and_does_not_come_back() {
+        let (admin, _reloads) = admin(LOOPBACK);
+        let ready = || ask(&admin, request("GET", "/readyz"));
+        assert_eq!(ready().await, (StatusCode::SERVICE_UNAVAILABLE, "{\"status\":\"starting\"}\n".to_owned()));
+        admin.0.readiness.reach(Phase::Ready);
+        assert_eq!(ready().await.0, StatusCode::OK);
+        admin.0.readiness.reach(Phase::Draining);
+        admin.0.readiness.reach(Phase::Ready);
+        assert_eq!(ready().await, (StatusCode::SERVICE_UNAVAILABLE, "{\"status\":\"draining\"}\n".to_owned()));
+        assert_eq!(ask(&admin, request("GET", "/livez")).await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn unknown_paths_list_the_known_and_wrong_methods_the_right() {
+        let (admin, _reloads) = admin(LOOPBACK);
+        let (status, body) = ask(&admin, request("GET", "/")).await;
+        assert_eq!(status, StatusCode::NOT_FOUND);
+        assert!(body.contains("GET /metrics") && body.contains("POST /reload"), "{body}");
+        let response = admin.clone().answer(request("GET", "/reload").body(Body::empty()).unwrap()).await;
+        assert_eq!(
+            (response.status(), &response.headers()["allow"]),
+            (StatusCode::METHOD_NOT_ALLOWED, &HeaderValue::from_static("POST"))
+        );
+        assert_eq!(ask(&admin, request("HEAD", "/livez")).await.0, StatusCode::OK);
+        assert_eq!(ask(&admin, request("DELETE", "/livez")).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    }
+
+    #[tokio::test]
+    async fn health_and_metrics_show_what_is_known() {
+        let (admin, _reloads) = admin(LOOPBACK);
+        admin.configuration().upstreams =
+            vec![("api".to_owned(), Some("127.0.0.1:8000".to_owned())), ("off".to_owned(), None)];
+        admin.0.metrics.endpoint("api", "127.0.0.1:8000").answered.inc();
+        let (_, health) = ask(&admin, request("GET", "/health")).await;
+        let health: Value = serde_json::from_str(&health).unwrap();
+        assert_eq!(health["components"]["upstreams"]["api"]["answered"], 1);
+        assert_eq!(health["components"]["upstreams"]["off"]["kind"], "respond");
+        let (_, metrics) = ask(&admin, request("GET", "/metrics")).await;
+        assert!(metrics.ends_with("# EOF\n"), "{metrics}");
+    }
+
+    #[tokio::test]
+    async fn a_reload_is_answered_with_its_outcome() {
+        let (admin, mut reloads) = admin(LOOPBACK);
+        let server = async {
+            reloads.recv().await.unwrap().send(Ok(2)).unwrap();
+            let mut problems = Problems::default();
+            problems.add("listen", "is wrong");
+            reloads.recv().await.unwrap().send(Err(problems)).unwrap();
+        };
+        let client = async {
+            let reloaded = ask(&admin, request("POST", "/reload")).await;
+            (reloaded, ask(&admin, request("POST", "/reload")).await)
+        };
+        let ((reloaded, refused), ()) = tokio::join!(client, server);
+        assert_eq!(reloaded, (StatusCode::OK, "{\"generation\":2,\"status\":\"reloaded\"}\n".to_owned()));
+        assert_eq!(refused.0, StatusCode::CONFLICT);
+        let refused: Value = serde_json::from_str(&refused.1).unwrap();
+        assert_eq!(refused["problems"][0]["key"], "listen");
+    }
+
+    #[tokio::test]
+    async fn changes_need_a_token_unless_they_come_from_this_machine() {
+        let far = |token: Option<&str>| Access { local: false, loopback: false, token: token.map(str::to_owned) };
+        let reload = |header: Option<&'static str>| {
+            let request = request("POST", "/reload");
+            header.into_iter().fold(request, |request, value| request.header("authorization", value))
+        };
+        let (without, _reloads) = admin(far(None));
+        assert_eq!(ask(&without, reload(Some("Bearer abc"))).await.0, StatusCode::FORBIDDEN);
+        let (with, reloads) = admin(far(Some("abc")));
+        drop(reloads);
+        for wrong in [None, Some("Bearer abd"), Some("Bearer "), Some("Basic abc"), Some("Bearer abcd")] {
+            assert_eq!(ask(&with, reload(wrong)).await.0, StatusCode::UNAUTHORIZED, "{wrong:?}");
+        }
+        // The token is right; nobody reloads in this test.
+        assert_eq!(ask(&with, reload(Some("bearer abc"))).await.0, StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[tokio::test]
+    async fn browsers_change_nothing_and_rebound_names_read_nothing() {
+        let (admin, _reloads) = admin(LOOPBACK);
+        let reload = request("POST", "/reload").header("origin", "http://127.0.0.1:9090");
+        assert_eq!(ask(&admin, reload).await.0, StatusCode::FORBIDDEN);
+        let host = |host: &str| http::Request::get("/config").header("host", host);
+        for (name, status) in [
+            ("evil.example:9090", StatusCode::MISDIRECTED_REQUEST),
+            ("localhost.evil.example", StatusCode::MISDIRECTED_REQUEST),
+            ("localhost:9090", StatusCode::OK),
+            ("[::1]:9090", StatusCode::OK),
+        ] {
+            assert_eq!(ask(&admin, host(name)).await.0, status, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_might_be_secret_is_redacted() {
+        let given = json!({
+            "admin": { "listen": "127.0.0.1:9090", "token": "abc" },
+            "other": { "token": { "env": "TOKEN" } },
+            "upstreams": { "api": { "endpoints": ["http://user:pass@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
+            "routes": [{ "match": { "path": "/a", "headers": { "x-key": "abc" } }, "upstream": "api" }],
+        });
+        let expected = json!({
+            "admin": { "listen": "127.0.0.1:9090", "token": REDACTED },
+            "other": { "token": { "env": "TOKEN" } },
+            "upstreams": { "api": { "endpoints": ["http://[redacted]@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
+            "routes": [{ "match": { "path": "/a", "headers": { "x-key": REDACTED } }, "upstream": "api" }],
+        });
+        assert_eq!(redact(given), expected);
+    }
+}

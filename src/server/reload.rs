@@ -1,0 +1,421 @@
+//! A new configuration without a restart.
+//!
+//! Asked for by SIGHUP, by a file whose content changed, or by `POST /reload`. The whole configuration is read,
+//! checked and built first; only then it takes effect, in one step, for every request that arrives from then on. One
+//! that is wrong anywhere changes nothing: it is logged with all its problems, counted, and told of by `/health`.
+//!
+//! What a running process cannot change is refused by name, so that no file seems to be in force that is not:
+//! see [`RESTART`].
+
+use std::{
+    fs::File,
+    hash::{DefaultHasher, Hash, Hasher},
+    io::{self, Read},
+    os::unix::fs::MetadataExt,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use serde_json::Value;
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task::spawn_blocking,
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{error, info, warn};
+
+use super::{Shutdown, Timing, Tls};
+use crate::{
+    admin::{self, Admin, Asked},
+    config::{
+        load::{Sources, Tree},
+        problem::Problems,
+    },
+    registry::Registry,
+    settings::Settings,
+    stack::Stack,
+    telemetry::log::chain,
+};
+
+/// How often the file is looked at. What has changed is read when it then stays the same for another look, so that a
+/// file is not read while it is being written.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// No file as large as this is a configuration.
+const MAX_FILE: u64 = 16 << 20;
+
+/// The sections that a running process cannot change. (Of `log`, `access` can.)
+pub const RESTART: [&str; 5] = ["listen", "admin", "threads", "limits", "log"];
+
+/// Keeps the stack up to date with its sources.
+#[derive(Debug)]
+pub(super) struct Reloads {
+    pub(super) sources: Arc<Sources>,
+    pub(super) settings: Settings,
+    pub(super) stack: Arc<ArcSwap<Stack>>,
+    pub(super) registry: Arc<Registry>,
+    pub(super) timing: Arc<Timing>,
+    pub(super) shutdown: Shutdown,
+    pub(super) certificates: Vec<Arc<Tls>>,
+    pub(super) admin: Admin,
+}
+
+/// A configuration that could take effect.
+struct Loaded {
+    settings: Settings,
+    tree: Tree,
+    stack: Stack,
+}
+
+impl Reloads {
+    /// Reloads whenever it is asked for, until it is dropped.
+    ///
+    /// # Errors
+    /// The process may not handle signals. Nothing has been waited for then.
+    pub(super) fn run(self, asked: mpsc::Receiver<Asked>) -> io::Result<impl Future<Output = ()> + Send> {
+        Ok(self.listen(signal(SignalKind::hangup())?, asked))
+    }
+
+    async fn listen(mut self, mut hangup: Signal, mut asked: mpsc::Receiver<Asked>) {
+        let mut file = Watched::new(self.sources.file.clone());
+        let mut look = interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                Some(()) = hangup.recv() => {
+                    self.registry.log().reopen();
+                    // The outcome is logged.
+                    drop(self.reload("SIGHUP").await);
+                }
+                Some(done) = asked.recv() => {
+                    // Who asked may have left.
+                    drop(done.send(self.reload("POST /reload").await));
+                }
+                _ = look.tick() => {
+                    let (watched, changed) = look_at(file).await;
+                    file = watched;
+                    if changed {
+                        drop(self.reload("the file changed").await);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads, checks, builds, and swaps. Answers with the number of the new configuration.
+    async fn reload(&mut self, why: &'static str) -> Result<u64, Problems> {
+        let (sources, registry) = (self.sources.clone(), self.registry.clone());
+        let (current, certificates) = (self.settings.clone(), self.certificates.clone());
+        let loaded = spawn_blocking(move || {
+            for tls in &certificates {
+                tls.look();
+            }
+            load(&sources, &current, &registry)
+        });
+        let loaded = loaded.await.unwrap_or_else(|error| {
+            error!(%error, "the reload panicked");
+            let mut problems = Problems::default();
+            problems.add("", "could not be read: a bug of sidegate's, see the log");
+            Err(problems)
+        });
+        let process = self.registry.metrics().process();
+        match loaded {
+            Ok(loaded) => {
+                process.reloads.inc();
+                self.take(loaded);
+                let generation = self.admin.configuration().generation;
+                info!(why, generation, "reloaded");
+                Ok(generation)
+            }
+            Err(problems) => {
+                process.reloads_refused.inc();
+                let list: Vec<_> = problems.iter().map(ToString::to_string).collect();
+                warn!(why, problems = list.join("; "), "reload refused, nothing has changed");
+                self.admin.configuration().refused = Some(list);
+                Err(problems)
+            }
+        }
+    }
+
+    fn take(&mut self, Loaded { settings, tree, stack }: Loaded) {
+        self.stack.store(Arc::new(stack));
+        // Only now: the new stack holds what it goes on using.
+        self.registry.retain(&settings.upstreams);
+        let timeouts = &settings.defaults.timeouts;
+        self.timing.set(timeouts.client_header.get(), timeouts.keepalive.get());
+        self.shutdown.set_times(settings.drain);
+        tell(&self.admin, &settings, &tree);
+        self.settings = settings;
+    }
+}
+
+/// Lets the operator see the configuration that has taken effect.
+pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
+    let given = tree.to_json().map_or(Value::Null, admin::redact);
+    let upstreams = settings.upstreams.iter().map(|(name, upstream)| {
+        let endpoint = upstream.endpoints.iter().flatten().next();
+        (name.clone(), endpoint.map(ToString::to_string))
+    });
+    let upstreams = upstreams.collect();
+    let mut configuration = admin.configuration();
+    configuration.generation += 1;
+    configuration.given = given;
+    configuration.upstreams = upstreams;
+    configuration.refused = None;
+}
+
+fn load(sources: &Sources, current: &Settings, registry: &Registry) -> Result<Loaded, Problems> {
+    let (settings, tree) = Settings::load(sources)?;
+    let mut problems = Problems::default();
+    for key in needs_restart(current, &settings) {
+        problems.add(key, "cannot change without a restart: put it back, or restart sidegate");
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    match Stack::build(&settings, registry) {
+        Ok(stack) => Ok(Loaded { settings, tree, stack }),
+        Err(error) => {
+            problems.add("", chain(&error));
+            Err(problems)
+        }
+    }
+}
+
+fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
+    let log = |settings: &Settings| crate::telemetry::log::Config { access: true, ..settings.log.clone() };
+    let changed = [
+        old.listen != new.listen,
+        old.admin != new.admin,
+        old.threads != new.threads,
+        old.limits != new.limits,
+        log(old) != log(new),
+    ];
+    RESTART.into_iter().zip(changed).filter_map(|(key, changed)| changed.then_some(key)).collect()
+}
+
+/// A file, by its content: links may be swapped and times may lie.
+#[derive(Debug)]
+struct Watched {
+    path: Option<PathBuf>,
+    stamp: Option<Stamp>,
+    /// What the running configuration was made of, or what was refused last.
+    known: Content,
+    /// What the last look found instead.
+    found: Option<Content>,
+}
+
+/// A hash of a file's content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Content {
+    Of(u64),
+    Unreadable,
+}
+
+/// Device, inode, size, and time of modification.
+type Stamp = (u64, u64, u64, i64, i64);
+
+async fn look_at(mut file: Watched) -> (Watched, bool) {
+    if file.path.is_none() {
+        return (file, false);
+    }
+    let looked = spawn_blocking(move || {
+        let changed = file.has_changed();
+        (file, changed)
+    });
+    looked.await.unwrap_or_else(|_| (Watched::new(None), false))
+}
+
+impl Watched {
+    fn new(path: Option<PathBuf>) -> Self {
+        let mut new = Self { path, stamp: None, known: Content::Unreadable, found: None };
+        new.stamp = new.stamp();
+        new.known = new.content();
+        new
+    }
+
+    /// Whether the content is another one, and was so at the last look already. Says so once.
+    fn has_changed(&mut self) -> bool {
+        let stamp = self.stamp();
+        if stamp == self.stamp && self.found.is_none() {
+            return false;
+        }
+        self.stamp = stamp;
+        let content = self.content();
+        if content == self.known {
+            self.found = None;
+            return false;
+        }
+        if self.found != Some(content) {
+            self.found = Some(content);
+            return false;
+        }
+        self.known = content;
+        self.found = None;
+        true
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        let found = std::fs::metadata(self.path.as_ref()?).ok()?;
+        Some((found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
+    }
+
+    fn content(&self) -> Content {
+        let Some(path) = &self.path else { return Content::Unreadable };
+        let mut text = Vec::new();
+        if File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text)).is_err() {
+            return Content::Unreadable;
+        }
+        let mut hasher = DefaultHasher::new();
+        text.hash(&mut hasher);
+        Content::Of(hasher.finish())
+    }
+}
+
+/// How the operator's port may be used.
+pub(super) fn access(admin: &crate::settings::Admin) -> Result<admin::Access, String> {
+    use super::listener::Address;
+
+    let token = admin.token.as_ref().map(crate::config::Secret::reveal).transpose();
+    Ok(admin::Access {
+        local: admin.listen.is_local(),
+        loopback: admin.listen.is_local() && matches!(admin.listen, Address::Tcp(_)),
+        token: token.map_err(|error| format!("admin.token: {error}"))?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+    use crate::{
+        message::{Body, Response},
+        telemetry::{Metrics, log},
+    };
+
+    const FILE: &str = "admin: off\nupstreams: {a: {respond: {text: one}}}\n";
+
+    fn reloads(file: &Path) -> (Reloads, mpsc::Receiver<Asked>, log::Guard) {
+        let metrics = Metrics::new();
+        let sources = Sources { file: Some(file.to_owned()), ..Sources::default() };
+        let (settings, tree) = Settings::load(&sources).unwrap();
+        let config = log::Config { file: Some(file.with_extension("log")), ..log::Config::default() };
+        let (writer, guard) = log::open(&config, metrics.process().log_lines_dropped.clone()).unwrap();
+        let registry = Arc::new(Registry::new(metrics.clone(), writer));
+        let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry).unwrap()));
+        let shutdown = Shutdown::default();
+        let access = admin::Access { local: true, loopback: false, token: None };
+        let (admin, asked) = Admin::new(metrics, shutdown.readiness().clone(), access);
+        tell(&admin, &settings, &tree);
+        let (timing, certificates) = (Arc::default(), Vec::new());
+        let sources = Arc::new(sources);
+        (Reloads { sources, settings, stack, registry, timing, shutdown, certificates, admin }, asked, guard)
+    }
+
+    fn folder(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("sidegate.yaml");
+        fs::write(&file, text).unwrap();
+        (folder, file)
+    }
+
+    async fn text(stack: &ArcSwap<Stack>) -> String {
+        let request = http::Request::get("http://a/").header("host", "a").body(Body::empty()).unwrap();
+        let response: Response = stack.load().call(request).await.map(Body::new);
+        let body = http_body_util::BodyExt::collect(response.into_body()).await.unwrap();
+        String::from_utf8(body.to_bytes().into()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_good_file_takes_effect_and_a_bad_one_changes_nothing() {
+        let (_folder, file) = folder(FILE);
+        let (mut reloads, _asked, _guard) = reloads(&file);
+        let stack = reloads.stack.clone();
+        assert_eq!(text(&stack).await, "one");
+
+        fs::write(&file, FILE.replace("one", "two")).unwrap();
+        assert_eq!(reloads.reload("test").await.unwrap(), 2);
+        assert_eq!(text(&stack).await, "two");
+
+        fs::write(&file, "upstreams: {}\nthreads: none").unwrap();
+        let problems = reloads.reload("test").await.unwrap_err();
+        assert!(problems.len() >= 2, "{problems}");
+        assert_eq!(text(&stack).await, "two");
+        let metrics = reloads.registry.metrics().process().clone();
+        assert_eq!((metrics.reloads.get(), metrics.reloads_refused.get()), (1, 1));
+        assert!(reloads.admin.configuration().refused.is_some());
+
+        fs::write(&file, FILE).unwrap();
+        assert_eq!(reloads.reload("test").await.unwrap(), 3);
+        assert!(reloads.admin.configuration().refused.is_none());
+    }
+
+    #[tokio::test]
+    async fn what_needs_a_restart_is_refused_by_name() {
+        let (_folder, file) = folder(FILE);
+        let (mut reloads, _asked, _guard) = reloads(&file);
+        fs::write(&file, format!("{FILE}listen: 127.0.0.1:9\nthreads: 3\nlog: {{access: false}}\n")).unwrap();
+        let problems = reloads.reload("test").await.unwrap_err();
+        let mut keys: Vec<_> = problems.iter().map(|problem| problem.key.as_str()).collect();
+        keys.sort_unstable();
+        assert_eq!(keys, ["listen", "threads"]);
+    }
+
+    #[tokio::test]
+    async fn timeouts_of_connections_and_of_the_drain_change_with_the_file() {
+        let (_folder, file) = folder(FILE);
+        let (mut reloads, _asked, _guard) = reloads(&file);
+        fs::write(&file, format!("{FILE}drain: {{timeout: 3s}}\ndefaults: {{timeouts: {{keepalive: 7s}}}}\n")).unwrap();
+        reloads.reload("test").await.unwrap();
+        assert_eq!(reloads.timing.keepalive(), Duration::from_secs(7));
+        assert_eq!(reloads.shutdown.times().timeout.get(), Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_changed_file_is_noticed_and_the_port_is_answered() {
+        let (folder, file) = folder(FILE);
+        let (reloads, asked, _guard) = reloads(&file);
+        let (stack, admin) = (reloads.stack.clone(), reloads.admin.clone());
+        let running = tokio::spawn(reloads.run(asked).unwrap());
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        // As Kubernetes does it: a link is swapped, and no time of modification need be newer.
+        let next = folder.path().join("next");
+        fs::write(&next, FILE.replace("one", "two")).unwrap();
+        fs::rename(&next, &file).unwrap();
+        for _ in 0..100 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            if admin.configuration().generation == 2 {
+                break;
+            }
+        }
+        assert_eq!(text(&stack).await, "two");
+
+        let request = http::Request::post("/reload").header("host", "a").body(Body::empty()).unwrap();
+        assert_eq!(admin.clone().answer(request).await.status(), 200);
+        running.abort();
+    }
+
+    #[test]
+    fn a_file_has_changed_when_its_new_content_was_seen_twice() {
+        let (_folder, file) = folder("one");
+        let mut watched = Watched::new(Some(file.clone()));
+        assert!(!watched.has_changed());
+        fs::write(&file, "half of t").unwrap();
+        assert!(!watched.has_changed());
+        fs::write(&file, "the whole").unwrap();
+        assert!(!watched.has_changed());
+        assert!(watched.has_changed());
+        assert!(!watched.has_changed(), "once");
+        fs::write(&file, "back and").unwrap();
+        assert!(!watched.has_changed());
+        fs::write(&file, "the whole").unwrap();
+        assert!(!watched.has_changed());
+        assert!(!watched.has_changed(), "it is as it was");
+        fs::remove_file(&file).unwrap();
+        assert!(!watched.has_changed());
+        assert!(watched.has_changed(), "it is gone");
+    }
+}
