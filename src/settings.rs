@@ -202,7 +202,7 @@ impl Check for Upstream {
                     problems.add("tls", format!("has no effect: `{only}` is spoken to without TLS"));
                 }
                 [_] => {}
-                more => problems.add("endpoints", format!("has {}: exactly one endpoint for now", more.len())),
+                more => problems.add("endpoints", format!("has {} entries: exactly one endpoint for now", more.len())),
             },
         }
         if let Some(ca) = self.tls.as_ref().and_then(|tls| tls.ca.as_ref()) {

@@ -10,7 +10,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{
-        self, Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
+        Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
         value::{MapAccessDeserializer, SeqAccessDeserializer},
     },
 };
@@ -482,6 +482,15 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
                 T::deserialize(text.into_deserializer()).map(OneOrMany::from)
             }
 
+            /// For `T` to say what it wants instead.
+            fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
+                T::deserialize(number.into_deserializer()).map(OneOrMany::from)
+            }
+
+            fn visit_i64<E: Error>(self, number: i64) -> Result<Self::Value, E> {
+                T::deserialize(number.into_deserializer()).map(OneOrMany::from)
+            }
+
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
                 T::deserialize(MapAccessDeserializer::new(map)).map(OneOrMany::from)
             }
@@ -528,10 +537,8 @@ const MAX_SECRET: u64 = 1 << 20;
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Source);
 
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, PartialEq, Eq)]
 enum Source {
-    #[serde(skip)]
     Literal(String),
     Env(String),
     File(PathBuf),
@@ -628,10 +635,16 @@ impl<'de> Deserialize<'de> for Secret {
                 Err(E::custom("put a secret that reads as a fraction in quotes"))
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Secret, A::Error> {
-                // What an enum says of a wrong key shows the key, and that may be the secret.
-                let wrong = |_| de::Error::custom("expected exactly one of `env: NAME` and `file: PATH`");
-                Source::deserialize(MapAccessDeserializer::new(map)).map(Secret).map_err(wrong)
+            /// By hand: what a derived reader says of a wrong key shows the key, and that may be the secret.
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Secret, A::Error> {
+                let wrong = || A::Error::custom("must have exactly one key, `env: NAME` or `file: PATH`");
+                let key: String = map.next_key()?.ok_or_else(wrong)?;
+                let source = match &*key {
+                    "env" => Source::Env(map.next_value()?),
+                    "file" => Source::File(map.next_value()?),
+                    _ => return Err(wrong()),
+                };
+                if map.next_key::<String>()?.is_some() { Err(wrong()) } else { Ok(Secret(source)) }
             }
         }
 
@@ -672,7 +685,7 @@ mod tests {
 
     use super::*;
 
-    fn read<T: de::DeserializeOwned>(value: impl Into<Value>) -> Result<T, String> {
+    fn read<T: serde::de::DeserializeOwned>(value: impl Into<Value>) -> Result<T, String> {
         value.into().deserialize().map_err(|error: figment::Error| error.kind.to_string())
     }
 

@@ -21,7 +21,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tracing::{Event, Subscriber, field::Field};
 use tracing_subscriber::{
-    filter::Targets,
+    filter::{LevelFilter, Targets},
     fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, format},
     layer::SubscriberExt,
     registry::LookupSpan,
@@ -63,7 +63,10 @@ impl Config {
     /// # Errors
     /// What is wrong with `level`.
     pub fn filter(&self) -> Result<Targets, String> {
-        self.level.parse().map_err(|_| {
+        // To `Targets` a word that is no level is a module of which everything is logged.
+        let is_level = |part: &str| part.contains('=') || part.trim().parse::<LevelFilter>().is_ok();
+        let targets = self.level.split(',').all(is_level).then(|| self.level.parse().ok()).flatten();
+        targets.ok_or_else(|| {
             format!("`{}` is no level: error, warn, info, debug, trace, off, or `info,module=debug`", self.level)
         })
     }

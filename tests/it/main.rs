@@ -5,5 +5,6 @@
 
 mod harness;
 
+mod config;
 mod floors;
 mod streaming;
