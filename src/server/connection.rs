@@ -4,8 +4,10 @@
 //! a request. Under TLS the protocol is the one that ALPN chose.
 //!
 //! # Silence
-//! Two waits are bounded: for a request's head (`client_header`, from the accept or from the head's first byte) and for
-//! the next request (`keepalive`, from the end of the last response). hyper's own timer for the first is re-armed at
+//! Three waits are bounded: for a request's head (`client_header`, from the accept or from the head's first byte), for the
+//! next request (`keepalive`, from the end of the last response), and for a client that takes nothing of what is
+//! written to it (`idle` of the defaults; while it does not, nobody asks a response's body for more, so no timeout
+//! of the body's own can see it). hyper's own timer for the first is re-armed at
 //! every request; here one timer per connection is armed and looked at again when it fires, and requests only
 //! leave their marks in [`Watch`]: two atomic additions and one look at the clock.
 //!
@@ -47,6 +49,7 @@ use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::{Handler, drain::Drain, proxy_protocol, tls::Tls};
+use crate::layers::timeouts;
 use crate::message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request};
 
 /// What begins an HTTP/2 connection, RFC 9113 §3.4.
@@ -89,19 +92,24 @@ impl Default for Limits {
 pub struct Timing {
     client_header: AtomicU64,
     keepalive: AtomicU64,
+    idle: AtomicU64,
 }
 
 impl Timing {
-    /// How long for a request's head, and how long between requests.
+    /// As `timeouts` say.
     #[must_use]
-    pub fn new(client_header: Duration, keepalive: Duration) -> Self {
-        Self { client_header: AtomicU64::new(micros(client_header)), keepalive: AtomicU64::new(micros(keepalive)) }
+    pub fn new(timeouts: &timeouts::Config) -> Self {
+        let timing = Self { client_header: AtomicU64::new(0), keepalive: AtomicU64::new(0), idle: AtomicU64::new(0) };
+        timing.set(timeouts);
+        timing
     }
 
-    /// Changes both.
-    pub fn set(&self, client_header: Duration, keepalive: Duration) {
-        self.client_header.store(micros(client_header), Ordering::Relaxed);
-        self.keepalive.store(micros(keepalive), Ordering::Relaxed);
+    /// Changes them.
+    pub fn set(&self, timeouts: &timeouts::Config) {
+        self.client_header.store(micros(timeouts.client_header.get()), Ordering::Relaxed);
+        self.keepalive.store(micros(timeouts.keepalive.get()), Ordering::Relaxed);
+        let idle = timeouts.idle.as_ref().map_or(Duration::MAX, |idle| idle.get());
+        self.idle.store(micros(idle), Ordering::Relaxed);
     }
 
     fn client_header(&self) -> Duration {
@@ -111,11 +119,16 @@ impl Timing {
     pub(super) fn keepalive(&self) -> Duration {
         Duration::from_micros(self.keepalive.load(Ordering::Relaxed))
     }
+
+    /// How long a client may leave unread what was sent to it.
+    fn idle(&self) -> Duration {
+        Duration::from_micros(self.idle.load(Ordering::Relaxed))
+    }
 }
 
 impl Default for Timing {
     fn default() -> Self {
-        Self::new(Duration::from_secs(30), Duration::from_secs(75))
+        Self::new(&timeouts::Config::default())
     }
 }
 
@@ -202,6 +215,8 @@ struct Watch {
     requests: AtomicU32,
     /// When a request ended last, in microseconds from `accepted`.
     ended: AtomicU64,
+    /// Since when the client takes nothing of what is written, in microseconds from `accepted`; 0 while it does.
+    stalled: AtomicU64,
     flags: AtomicU8,
     /// The connection's task while it owns a tunnel.
     owner: AtomicWaker,
@@ -238,6 +253,20 @@ impl Watch {
 
     fn is_busy(&self) -> bool {
         self.in_flight.load(Ordering::Acquire) != 0
+    }
+
+    /// Notes whether the client took something of what was written.
+    fn wrote<T>(&self, polled: &Poll<T>) {
+        let stalled = self.stalled.load(Ordering::Relaxed) != 0;
+        if polled.is_pending() != stalled {
+            let since = if stalled { 0 } else { micros(self.accepted.elapsed()).max(1) };
+            self.stalled.store(since, Ordering::Relaxed);
+        }
+    }
+
+    fn stalled(&self) -> Option<Instant> {
+        let since = self.stalled.load(Ordering::Relaxed);
+        (since != 0).then(|| self.accepted + Duration::from_micros(since))
     }
 
     fn ended(&self) -> Instant {
@@ -496,6 +525,7 @@ impl AsyncWrite for Io {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.stream).poll_write(cx, buf);
+        this.watch.wrote(&polled);
         if polled.is_pending() {
             this.watch_for_cut(cx)?;
         }
@@ -509,6 +539,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.stream).poll_write_vectored(cx, bufs);
+        this.watch.wrote(&polled);
         if polled.is_pending() {
             this.watch_for_cut(cx)?;
         }
@@ -762,6 +793,7 @@ impl<H: Handler> Serve<H> {
             in_flight: AtomicU32::new(0),
             requests: AtomicU32::new(0),
             ended: AtomicU64::new(0),
+            stalled: AtomicU64::new(0),
             flags: AtomicU8::new(0),
             owner: AtomicWaker::new(),
             tunnel: AtomicWaker::new(),
@@ -947,7 +979,11 @@ impl<H: Handler> Future for Serve<H> {
 /// The timer has fired: is it time?
 fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Option<Instant>, ending: Ending) -> Look {
     let now = Instant::now();
-    let (header, keepalive) = (timing.client_header(), timing.keepalive());
+    let (header, keepalive, idle) = (timing.client_header(), timing.keepalive(), timing.idle());
+    let stalled = watch.stalled().map(|since| since + idle);
+    if stalled.is_some_and(|due| now >= due) {
+        return Look::Drop("takes nothing of what is written");
+    }
     match ending {
         Ending::Fresh => return Look::Drop("drain"),
         Ending::Lingering => return Look::Drop("the rest of a request was too long"),
@@ -958,8 +994,8 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
         Ending::Told | Ending::No => {}
     }
     if watch.is_busy() {
-        // Not before this can an idle time that begins now be over.
-        return Look::Again(now + keepalive);
+        // Not before this can a silence that begins now be over.
+        return Look::Again(stalled.unwrap_or(now + idle).min(now + keepalive));
     }
     let first = watch.requests.load(Ordering::Acquire) == 0;
     let (due, why) = match head {
@@ -1072,6 +1108,25 @@ mod tests {
         client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
         answer(&mut client).await;
         ends_after(&mut client, secs(75)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_takes_nothing_is_left() {
+        let endless = |_: Request| {
+            let frames =
+                futures_util::stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(Bytes::from_static(&[0; 4096]))));
+            now(http::Response::new(http_body_util::StreamBody::new(frames)))
+        };
+        let (mut client, serving, _) = serve(endless);
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        // It reads now and then, and then no more.
+        for _ in 0..20 {
+            sleep(secs(200)).await;
+            client.read_exact(&mut vec![0; 1 << 20]).await.unwrap();
+        }
+        sleep(secs(299)).await;
+        assert!(!serving.is_finished());
+        timeout(secs(2), serving).await.expect("it is not waited for").unwrap();
     }
 
     #[tokio::test(start_paused = true)]

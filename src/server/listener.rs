@@ -379,3 +379,34 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     let found = fs::symlink_metadata(path)?;
     Ok((found.dev(), found.ino()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn the_pause_after_failures_grows_to_a_second() {
+        let address: Address = "127.0.0.1:80".parse().unwrap();
+        let error = io::Error::from_raw_os_error(24);
+        assert!(!is_of_the_client(&error), "EMFILE");
+        let mut trouble = Trouble::default();
+        let pauses: Vec<_> = (0..9).map(|_| trouble.pause(&address, &error).as_millis()).collect();
+        assert_eq!(pauses, [20, 40, 80, 160, 320, 640, 1000, 1000, 1000]);
+        let warned = trouble.warned;
+        tokio::time::advance(QUIET).await;
+        trouble.pause(&address, &error);
+        assert_ne!(trouble.warned, warned, "one line in ten seconds");
+    }
+
+    #[test]
+    fn addresses_are_read_as_they_are_written() {
+        for text in ["0.0.0.0:8080", "[::1]:80", "unix:/run/a b.sock"] {
+            assert_eq!(text.parse::<Address>().unwrap().to_string(), text);
+        }
+        for wrong in ["8080", ":8080", "localhost:8080", "unix:relative", "unix:", "/run/a.sock"] {
+            assert!(wrong.parse::<Address>().is_err(), "{wrong}");
+        }
+        assert!("[::ffff:127.0.0.1]:80".parse::<Address>().unwrap().is_local());
+        assert!(!"0.0.0.0:80".parse::<Address>().unwrap().is_local());
+    }
+}

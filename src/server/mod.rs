@@ -275,7 +275,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
 
 impl From<&Settings> for Server {
     fn from(settings: &Settings) -> Self {
-        let (limits, timeouts) = (&settings.limits, &settings.defaults.timeouts);
+        let limits = &settings.limits;
         let bytes = |size: ByteSize| usize::try_from(size.get()).unwrap_or(usize::MAX);
         Self {
             listen: settings.listen.0.clone(),
@@ -286,7 +286,7 @@ impl From<&Settings> for Server {
                 uri_bytes: bytes(limits.uri_bytes),
                 http2_streams: limits.http2_streams.get(),
             },
-            timing: Timing::new(timeouts.client_header.get(), timeouts.keepalive.get()),
+            timing: Timing::new(&settings.defaults.timeouts),
         }
     }
 }

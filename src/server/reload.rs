@@ -143,8 +143,7 @@ impl Reloads {
         self.stack.store(Arc::new(stack));
         // Only now: the new stack holds what it goes on using.
         self.registry.retain(&settings.upstreams);
-        let timeouts = &settings.defaults.timeouts;
-        self.timing.set(timeouts.client_header.get(), timeouts.keepalive.get());
+        self.timing.set(&settings.defaults.timeouts);
         self.shutdown.set_times(settings.drain);
         tell(&self.admin, &settings, &tree);
         self.settings = settings;

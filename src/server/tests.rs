@@ -13,7 +13,10 @@ use tokio::{
 };
 
 use super::{listener::Address, *};
-use crate::message::{Body, Response};
+use crate::{
+    config::HumanDuration,
+    message::{Body, Response},
+};
 
 /// A running server.
 struct Front {
@@ -270,4 +273,17 @@ async fn tls_speaks_http2_where_alpn_chose_it() {
     let request = http::Request::get("https://localhost/").body(Body::empty()).unwrap();
     let answer = send.send_request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
     assert_eq!(answer, "true HTTP/2.0");
+}
+
+#[tokio::test]
+async fn a_draining_server_accepts_until_its_delay_is_over() {
+    let times = drain::Config { delay: HumanDuration::from_millis(300), ..drain::Config::default() };
+    let front = start_with(server(), times, echo).await;
+    wait_until(|| front.shutdown.readiness().phase() == Phase::Ready).await;
+    front.shutdown.ask();
+    assert_eq!(front.shutdown.readiness().phase(), Phase::Draining, "at once");
+    let mut late = front.connect().await;
+    late.write_all(b"GET /late HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    read_until(&mut late, "/late").await;
+    assert_eq!(front.running.await.unwrap(), Outcome::Drained);
 }
