@@ -1,4 +1,5 @@
-//! What each layer costs: one at a time around a service that answers at once, then their frames.
+//! What each layer costs: one at a time around a service that answers at once, then all of them as `stack.rs`
+//! puts them together, then the frames of a stream.
 //!
 //! `cargo bench --bench stack`, or with a name: `cargo bench --bench stack -- request/hygiene`.
 //!
@@ -27,6 +28,7 @@ use http_body::{Body as HttpBody, Frame};
 use http_body_util::StreamBody;
 use prometheus_client::metrics::counter::Counter;
 use sidegate::{
+    config::load::Sources,
     layers::{
         access_log::AccessLogLayer,
         body_limit::BodyLimitLayer,
@@ -38,6 +40,9 @@ use sidegate::{
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
     message::{Body, BoxError, Connection, Peer, Request},
+    registry::Registry,
+    settings::Settings,
+    stack::Stack,
     telemetry::{log, metrics::Metrics},
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
@@ -91,6 +96,16 @@ fn answer(body: Body) -> Ready<Result<Response<Body>, BoxError>> {
     ready(Ok(response))
 }
 
+/// The whole stack with its defaults, around an upstream that answers by itself.
+fn whole(log: log::Writer, metrics: Metrics) -> Stack {
+    let environment = [("STATUS", "200"), ("TEXT", "hello")];
+    let environment =
+        environment.map(|(key, value)| (format!("SIDEGATE_UPSTREAMS__FIXED__RESPOND__{key}"), value.into()));
+    let sources = Sources { environment: environment.into(), ..Sources::default() };
+    let (settings, _) = Settings::load(&sources).expect("the settings are legal");
+    Stack::build(&settings, &Registry::new(metrics, log)).expect("the stack can be built")
+}
+
 /// Calls a clone of the service, as each request does, and reads the response to its end.
 fn drive<S, B>(service: &S, request: Request)
 where
@@ -130,12 +145,12 @@ fn layers(criterion: &mut Criterion) {
     let metrics = Metrics::new();
     let hygiene = HygieneLayer::new(&hygiene::Config::default(), hygiene::Limits::default(), &hygiene::pseudonym());
     let security_headers = SecurityHeadersLayer::new(&security_headers::Config::default());
-    let access_log = AccessLogLayer::new(Some(writer), metrics.clone());
+    let access_log = AccessLogLayer::new(Some(writer.clone()), metrics.clone());
 
     let mut group = criterion.benchmark_group("request");
     measure(&mut group, "nothing", &short());
     measure(&mut group, "request_id", &RequestIdLayer::new(&request_id::Config::default()).layer(short()));
-    measure(&mut group, "access_log/metrics_only", &AccessLogLayer::new(None, metrics).layer(short()));
+    measure(&mut group, "access_log/metrics_only", &AccessLogLayer::new(None, metrics.clone()).layer(short()));
     measure(&mut group, "access_log", &access_log.layer(short()));
     measure(&mut group, "security_headers", &security_headers.layer(short()));
     measure(&mut group, "errors", &ErrorsLayer::default().layer(short()));
@@ -144,7 +159,10 @@ fn layers(criterion: &mut Criterion) {
     measure(&mut group, "client_body_idle", &ClientBodyIdleLayer::new(LONG).layer(short()));
     measure(&mut group, "deadline", &DeadlineLayer::new(LONG).layer(short()));
     measure(&mut group, "first_byte", &FirstByteLayer::new(LONG).layer(short()));
-    measure(&mut group, "idle", &IdleLayer::new(LONG).layer(short()));
+    measure(&mut group, "idle", &IdleLayer::new(Some(LONG)).layer(short()));
+    let stack = whole(writer, metrics);
+    let stack = tower::service_fn(move |request| stack.call(request).map(Ok::<_, Infallible>));
+    measure(&mut group, "all", &stack);
     group.finish();
 
     let mut group = criterion.benchmark_group("frames");
@@ -152,17 +170,17 @@ fn layers(criterion: &mut Criterion) {
     measure(&mut group, "nothing", &streamed());
     measure(&mut group, "access_log", &access_log.layer(streamed()));
     measure(&mut group, "deadline", &DeadlineLayer::new(LONG).with_streams(true).layer(streamed()));
-    measure(&mut group, "idle", &IdleLayer::new(LONG).layer(streamed()));
-    let default = ServiceBuilder::new()
+    measure(&mut group, "idle", &IdleLayer::new(Some(LONG)).layer(streamed()));
+    let front = ServiceBuilder::new()
         .layer(RequestIdLayer::new(&request_id::Config::default()))
         .layer(access_log)
         .layer(security_headers)
         .layer(ErrorsLayer::default())
         .layer(hygiene)
         .map_response(|response: Response<_>| response.map(Body::new))
-        .layer(IdleLayer::new(LONG))
+        .layer(IdleLayer::new(Some(LONG)))
         .service(streamed());
-    measure(&mut group, "all", &default);
+    measure(&mut group, "front_and_idle", &front);
     group.finish();
 }
 

@@ -138,9 +138,8 @@ def busy_seconds() -> float:
 
 def spawn(argv: list[str], core: int, **options) -> subprocess.Popen:
     """Starts a program on one core. Its own session keeps a Ctrl-C for the driver, which then ends it."""
-    return subprocess.Popen(
-        argv, preexec_fn=lambda: os.sched_setaffinity(0, {core}), start_new_session=True, stdin=options.pop("stdin", subprocess.DEVNULL), **options
-    )
+    options.setdefault("stdin", subprocess.DEVNULL)
+    return subprocess.Popen(argv, preexec_fn=lambda: os.sched_setaffinity(0, {core}), start_new_session=True, **options)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -653,6 +652,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: one round of a second each, fewer connections")
     parser.add_argument("--rounds", type=int, default=int(os.environ.get("BENCH_ROUNDS") or 3), help="rounds of each scenario (default: $BENCH_ROUNDS, else 3)")
     parser.add_argument("--secs", type=int, default=2, help="seconds of each round (default 2)")
+    parser.add_argument("--first", action="store_true", help="before all other programs (nice -19; root only): on a machine that does something else besides")
     parser.add_argument("--only", default=",".join(names), metavar="LIST", help="of " + ",".join(names))
     parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="LIST", help=f"of {DEFAULT_PEERS},hyper-min, or empty (default {DEFAULT_PEERS})")
     parser.add_argument("--sidegate", metavar="PATH", help="a program that is already built, instead of this checkout's release build")
@@ -698,6 +698,9 @@ def main() -> None:
     sidegate = options.sidegate or build(ROOT / "Cargo.toml")["sidegate"]
     sidegates = {"sidegate": sidegate, **dict(pair.split("=", 1) for pair in options.also)}
     hyper_min = build(HERE / "hyper-min" / "Cargo.toml", TARGET)["hyper-min"] if "hyper-min" in options.peers else ""
+
+    if options.first:
+        os.setpriority(os.PRIO_PROCESS, 0, -19)  # what is started from here on has it too
 
     skipped = []
     peers = [p for p in options.peers if p == "hyper-min" or shutil.which(p.split("-")[0])]
