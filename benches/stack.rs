@@ -47,6 +47,10 @@ use sidegate::{
 };
 use tower::{Layer, Service, ServiceBuilder, ServiceExt};
 
+/// The binary's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Frames of a streamed response.
 const FRAMES: u32 = 256;
 
