@@ -12,10 +12,9 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
-    config::{
-        Problems,
-        load::{Sources, Tree},
-    },
+    config::{Problems, load::Sources},
+    demo::Demo,
+    message::BoxError,
     server,
     settings::Settings,
     telemetry::log::chain,
@@ -34,6 +33,7 @@ const BACKEND: &str = "The backend: http://HOST[:PORT], https://HOST[:PORT] or u
 const LISTEN: &str = "Where to listen: ADDRESS:PORT or unix:/PATH [default: 0.0.0.0:8080]";
 const AFTER_HELP: &str = "\
 Examples:
+  sidegate demo                                         a streaming backend, sidegate before it, and what to try
   sidegate --upstream http://127.0.0.1:8000             a complete proxy on :8080, admin on 127.0.0.1:9090
   sidegate --upstream unix:/run/app.sock --admin off    the same over a Unix socket, without the admin port
   sidegate check sidegate.yaml && sidegate run sidegate.yaml
@@ -73,6 +73,8 @@ enum Command {
     },
     /// Print the JSON Schema of the configuration file
     Schema,
+    /// Run a small backend that streams as OpenAI's API does, and sidegate before it
+    Demo,
 }
 
 #[derive(Debug, Args)]
@@ -121,6 +123,7 @@ pub fn main() -> ExitCode {
         Some(Command::Run { file: path }) => run(&file(path)),
         Some(Command::Check { file: path }) => check(&file(path)),
         Some(Command::Schema) => say(&format!("{:#}\n", Settings::schema().as_value())),
+        Some(Command::Demo) => demo(),
     }
 }
 
@@ -129,13 +132,8 @@ fn run(sources: &Sources) -> ExitCode {
         Ok(loaded) => loaded,
         Err(problems) => return refuse(&problems),
     };
-    match serve(settings, &tree, sources.clone()) {
-        Ok(()) => OK.into(),
-        Err(error) => {
-            complain(&format!("sidegate: {}", chain(&*error)));
-            FAILED.into()
-        }
-    }
+    let served = server::serve(settings.clone(), &tree, Arc::new(sources.clone()));
+    end(block_on(&settings, served))
 }
 
 fn check(sources: &Sources) -> ExitCode {
@@ -152,8 +150,27 @@ fn check(sources: &Sources) -> ExitCode {
     }
 }
 
-/// Serves until the process is asked to stop.
-fn serve(settings: Settings, tree: &Tree, sources: Sources) -> Result<(), Box<dyn Error + Send + Sync>> {
+fn demo() -> ExitCode {
+    let demo = match Demo::new(Sources::default().with_environment()) {
+        Ok(demo) => demo,
+        Err(error) => return fail(&error),
+    };
+    let sources = demo.sources().clone();
+    let (settings, tree) = match Settings::load(&sources) {
+        Ok(loaded) => loaded,
+        Err(problems) => return refuse(&problems),
+    };
+    say(&demo.welcome(&settings));
+    end(block_on(&settings.clone(), async {
+        tokio::select! {
+            served = server::serve(settings, &tree, Arc::new(sources)) => served,
+            failed = demo.serve() => Err(failed.into()),
+        }
+    }))
+}
+
+/// Runs `work` on as many threads as the configuration says.
+fn block_on<T>(settings: &Settings, work: impl Future<Output = Result<T, BoxError>>) -> Result<T, BoxError> {
     let threads = settings.threads.or_else(|| std::thread::available_parallelism().ok());
     let threads = threads.map_or(1, NonZeroUsize::get);
     let mut builder = if threads == 1 {
@@ -162,7 +179,19 @@ fn serve(settings: Settings, tree: &Tree, sources: Sources) -> Result<(), Box<dy
         tokio::runtime::Builder::new_multi_thread()
     };
     let runtime = builder.worker_threads(threads).enable_all().build()?;
-    runtime.block_on(server::serve(settings, tree, Arc::new(sources)))
+    runtime.block_on(work)
+}
+
+fn end(result: Result<(), BoxError>) -> ExitCode {
+    match result {
+        Ok(()) => OK.into(),
+        Err(error) => fail(&*error),
+    }
+}
+
+fn fail(error: &(dyn Error + 'static)) -> ExitCode {
+    complain(&format!("sidegate: {}", chain(error)));
+    FAILED.into()
 }
 
 fn refuse(problems: &Problems) -> ExitCode {

@@ -44,6 +44,7 @@
 pub mod admin;
 pub mod cli;
 pub mod config;
+pub mod demo;
 pub mod layers;
 pub mod message;
 pub mod registry;

@@ -40,6 +40,8 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// What options of the command line say, by the option's name and the key's path.
     pub options: Vec<(&'static str, &'static str, Value)>,
+    /// A YAML file that is part of the program, by its name. Any other source wins over it.
+    pub built_in: Option<(&'static str, &'static str)>,
     /// Keys below which anything may stand, values that are no value among it.
     pub free: &'static [&'static str],
 }
@@ -112,6 +114,12 @@ impl Sources {
     fn merge(&self) -> (Figment, Vec<(String, String)>) {
         let mut figment = Figment::new();
         let mut unreadable = Vec::new();
+        if let Some((name, text)) = self.built_in {
+            match read_text(text, false) {
+                Ok(values) => figment = figment.merge(Given { name: name.to_owned(), values }),
+                Err(message) => unreadable.push((name.to_owned(), message)),
+            }
+        }
         if let (Some(path), Some(name)) = (&self.file, self.file_name()) {
             match read_file(path) {
                 Ok(values) => figment = figment.merge(Given { name, values }),
@@ -187,12 +195,15 @@ fn read_file(path: &std::path::Path) -> Result<Dict, String> {
     if text.len() as u64 > MAX_FILE {
         return Err(format!("is larger than {}", ByteSize::from_bytes(MAX_FILE)));
     }
-    let toml = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml"));
+    read_text(&text, path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml")))
+}
+
+fn read_text(text: &str, toml: bool) -> Result<Dict, String> {
     let document = if toml {
-        Toml::from_str::<Document>(&text)
+        Toml::from_str::<Document>(text)
             .map_err(|error| format!("is not TOML: {}", without_excerpt(&error.to_string())))
     } else {
-        Yaml::from_str::<Document>(&text).map_err(|error| format!("is not YAML: {error}"))
+        Yaml::from_str::<Document>(text).map_err(|error| format!("is not YAML: {error}"))
     };
     match document?.0 {
         Value::Dict(_, values) => Ok(values),

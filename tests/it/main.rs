@@ -6,5 +6,6 @@
 mod harness;
 
 mod config;
+mod demo;
 mod floors;
 mod streaming;
