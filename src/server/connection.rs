@@ -1166,6 +1166,46 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_drain_lets_streams_of_http2_end_and_takes_no_more() {
+        let (client, serving, drain) = serve(|request| sleep(secs(20)).then(|()| hello(request)));
+        let io = TokioIo::new(client);
+        let (mut send, connection) =
+            hyper::client::conn::http2::handshake::<_, _, Body>(TokioExecutor::new(), io).await.unwrap();
+        tokio::spawn(connection);
+        let request = || http::Request::get("http://a/").body(Body::empty()).unwrap();
+        let first = tokio::spawn(send.send_request(request()));
+        sleep(secs(1)).await;
+        drain.begin();
+        sleep(secs(1)).await;
+        let second = timeout(secs(1), send.send_request(request())).await.expect("it is not kept waiting");
+        assert!(second.is_err(), "GOAWAY");
+        let answer = first.await.unwrap().unwrap().into_body();
+        assert_eq!(http_body_util::BodyExt::collect(answer).await.unwrap().to_bytes(), "hello");
+        timeout(secs(1), serving).await.expect("it ends with its last stream").unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_of_http2_that_is_left_is_given_up() {
+        let (left, mut gone) = tokio::sync::mpsc::channel::<()>(1);
+        let (client, _serving, _) = serve(move |_: Request| {
+            let left = left.clone();
+            async move {
+                let _left = left;
+                pending::<Response>().await
+            }
+        });
+        let io = TokioIo::new(client);
+        let (mut send, connection) =
+            hyper::client::conn::http2::handshake::<_, _, Body>(TokioExecutor::new(), io).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let request = http::Request::get("http://a/").body(Body::empty()).unwrap();
+        let answer = timeout(secs(1), send.send_request(request)).await;
+        assert!(answer.is_err(), "it is dropped, and its stream reset");
+        connection.abort();
+        timeout(secs(1), gone.recv()).await.expect("the handler's future is dropped");
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_drain_closes_at_once_what_rests() {
         let (mut client, serving, drain) = serve(hello);
         client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
