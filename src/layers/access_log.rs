@@ -291,6 +291,7 @@ impl Drop for Entry {
         let took = self.exchange.started().elapsed();
         let aborted_by = match self.ended {
             Ended::Whole => None,
+            Ended::Early if self.sinks.metrics.process().cutting.load(Ordering::Relaxed) => Some(AbortedBy::Sidegate),
             Ended::Early => Some(AbortedBy::Client),
             Ended::By(by) => Some(by),
         };

@@ -14,7 +14,13 @@ mod proxy_protocol;
 pub mod reload;
 pub mod tls;
 
-use std::{fmt, future::Future, io, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    future::Future,
+    io,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -195,6 +201,7 @@ impl Bound {
             () = shutdown.insisted() => {}
         }
         let cut = usize::try_from(process.connections.get()).unwrap_or(0);
+        process.cutting.store(true, Ordering::Relaxed);
         loops.abort_all();
         // Aborted tasks are dropped by the runtime a moment later; then the sockets are closed.
         if timeout(CUT_GRACE, async { while loops.join_next().await.is_some() {} }).await.is_err() {

@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -65,6 +65,9 @@ pub struct Process {
     pub reloads_refused: Counter,
     /// Log lines lost because the log's reader was too slow.
     pub log_lines_dropped: Counter,
+    /// No sample: whether the connections that are left are being cut, at the end of a drain. What ends from
+    /// then on was ended by sidegate.
+    pub cutting: Arc<AtomicBool>,
 }
 
 /// What ended an exchange before its end.
