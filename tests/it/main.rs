@@ -7,5 +7,8 @@ mod harness;
 
 mod config;
 mod demo;
+mod drain;
+mod fastapi;
 mod floors;
 mod streaming;
+mod upgrade;

@@ -79,7 +79,7 @@ async def create_item(item_id: int, item: Item) -> dict:
     return {"id": item_id, "name": item.name, "price": item.price}
 
 
-@app.api_route("/echo/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@app.api_route("/echo/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"], include_in_schema=False)
 async def echo(request: Request) -> dict:
     """What arrived, as raw as ASGI has it."""
     return {

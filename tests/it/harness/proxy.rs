@@ -133,7 +133,7 @@ impl Proxy {
 
     /// `GET path` on the admin port.
     pub async fn admin_get(&self, path: &str) -> Message {
-        Wire::ask(self.admin().await, format!("GET {path} HTTP/1.1\r\nhost: sidegate.test\r\n\r\n")).await
+        Wire::ask(self.admin().await, format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await
     }
 
     /// The value of one series on `/metrics`, named with its labels; 0 where there is none.
