@@ -33,7 +33,8 @@
 //! | 1 | [`config`], [`telemetry`] | loading and units; log, metrics, the record of an exchange |
 //! | 2 | [`upstream`] | endpoints and other kinds of upstream |
 //! | 3 | [`layers`] | one module per policy |
-//! | 4 | [`settings`], [`route`], [`registry`], [`stack`] | the whole configuration; which route takes a request; what outlives a reload; the request path |
+//! | 4 | [`settings`], [`route`], [`registry`], [`stack`], [`admin`] | the whole configuration; which route takes a request; what outlives a reload; the request path; the operator's port |
+//! | 5 | [`server`] | listeners, connections, drain, reload |
 //!
 //! A layer that fails returns a boxed [`message::Error`] and does not answer; [`layers::errors`] alone makes a
 //! response of it. What a layer finds out and another needs travels as a typed request extension, listed in

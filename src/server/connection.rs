@@ -9,7 +9,7 @@
 //! written to it (`idle` of the defaults; while it does not, nobody asks a response's body for more, so no timeout
 //! of the body's own can see it). hyper's own timer for the first is re-armed at
 //! every request; here one timer per connection is armed and looked at again when it fires, and requests only
-//! leave their marks in [`Watch`]: two atomic additions and one look at the clock.
+//! leave their marks in a record of their connection: two atomic additions and one look at the clock.
 //!
 //! # Why not hyper-util's `auto` server
 //! Its connection holds both protocols in place, an HTTP/2 one being the larger by far, and cannot be told by
