@@ -65,6 +65,8 @@ enum Command {
     Run {
         /// YAML, or TOML if its name ends in .toml
         file: PathBuf,
+        #[command(flatten)]
+        ports: Ports,
     },
     /// Check a configuration file, report all mistakes, start nothing
     Check {
@@ -81,6 +83,13 @@ enum Command {
 struct Quick {
     #[arg(long, value_name = "URL", required = true, help = BACKEND)]
     upstream: Option<String>,
+    #[command(flatten)]
+    ports: Ports,
+}
+
+/// What wins over a file.
+#[derive(Debug, Args)]
+struct Ports {
     #[arg(long, value_name = "ADDRESS", help = LISTEN)]
     listen: Option<String>,
     /// Where health, metrics and configuration are, or `off` [default: 127.0.0.1:9090]
@@ -89,11 +98,17 @@ struct Quick {
 }
 
 impl Quick {
-    fn sources(self) -> Sources {
-        let mut sources = Sources::default().with_environment();
-        if let Some(url) = self.upstream {
-            sources = sources.with_option("--upstream", "upstreams.default.endpoints", url);
-        }
+    fn over(self, sources: Sources) -> Sources {
+        let sources = match self.upstream {
+            Some(url) => sources.with_option("--upstream", "upstreams.default.endpoints", url),
+            None => sources,
+        };
+        self.ports.over(sources)
+    }
+}
+
+impl Ports {
+    fn over(self, mut sources: Sources) -> Sources {
         if let Some(address) = self.listen {
             sources = sources.with_option("--listen", "listen", address);
         }
@@ -117,13 +132,14 @@ pub fn main() -> ExitCode {
             return code.into();
         }
     };
-    let file = |file| Sources { file: Some(file), ..Sources::default() }.with_environment();
+    let environment = Sources::default().with_environment();
+    let file = |path| Sources { file: Some(path), ..environment.clone() };
     match cli.command {
-        None => run(&cli.quick.sources()),
-        Some(Command::Run { file: path }) => run(&file(path)),
+        None => run(&cli.quick.over(environment)),
+        Some(Command::Run { file: path, ports }) => run(&ports.over(file(path))),
         Some(Command::Check { file: path }) => check(&file(path)),
         Some(Command::Schema) => say(&format!("{:#}\n", Settings::schema().as_value())),
-        Some(Command::Demo) => demo(),
+        Some(Command::Demo) => demo(environment),
     }
 }
 
@@ -150,8 +166,8 @@ fn check(sources: &Sources) -> ExitCode {
     }
 }
 
-fn demo() -> ExitCode {
-    let demo = match Demo::new(Sources::default().with_environment()) {
+fn demo(environment: Sources) -> ExitCode {
+    let demo = match Demo::new(environment) {
         Ok(demo) => demo,
         Err(error) => return fail(&error),
     };

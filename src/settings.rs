@@ -495,6 +495,8 @@ fn clash(one: &listener::Address, other: &listener::Address) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
     use crate::config::HumanDuration;
 
@@ -574,5 +576,28 @@ mod tests {
         let settings = load("upstreams: {a: {respond: {json: {x: null, y: [~]}}}}").unwrap();
         let json = settings.upstreams["a"].respond.as_ref().unwrap().json.as_ref().unwrap();
         assert_eq!(json, &serde_json::json!({"x": null, "y": [null]}));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// The reference with some of its lines gone, doubled or scrambled: whatever comes of it, it is settings or
+        /// mistakes, never a panic, and never no answer.
+        #[test]
+        fn any_file_is_settings_or_mistakes(cuts in vec((0..140_usize, 0..4_u8, "[ -~]{0,8}"), 1..6)) {
+            let mut lines: Vec<_> = include_str!("../config/sidegate.yaml").lines().map(str::to_owned).collect();
+            for (at, how, noise) in cuts {
+                let at = at % lines.len();
+                match how {
+                    0 => drop(lines.remove(at)),
+                    1 => lines[at].push_str(&noise),
+                    2 => lines.insert(at, lines[at].clone()),
+                    _ => lines[at] = lines[at].replacen('#', "", 1).replace(": ", &format!(": {noise}")),
+                }
+            }
+            if let Err(problems) = load(&lines.join("\n")) {
+                prop_assert!(!problems.is_empty());
+            }
+        }
     }
 }

@@ -5,6 +5,7 @@
 
 mod harness;
 
+mod cli;
 mod config;
 mod demo;
 mod drain;
