@@ -35,6 +35,7 @@
 //! | 3 | [`layers`] | one module per policy |
 //! | 4 | [`settings`], [`route`], [`registry`], [`stack`], [`admin`] | the whole configuration; which route takes a request; what outlives a reload; the request path; the operator's port |
 //! | 5 | [`server`] | listeners, connections, drain, reload |
+//! | 6 | [`cli`], [`demo`] | the command line |
 //!
 //! A layer that fails returns a boxed [`message::Error`] and does not answer; [`layers::errors`] alone makes a
 //! response of it. What a layer finds out and another needs travels as a typed request extension, listed in

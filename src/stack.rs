@@ -1,6 +1,6 @@
 //! The table of contents of sidegate: the request path, outermost layer first.
 //!
-//! Three chains: [`front`] around all routes, [`route`] around the upstream of one, [`attempt`] around one
+//! Three chains: `front` around all routes, `route` around the upstream of one, `attempt` around one
 //! endpoint. A layer that a route does not use is not in its chain.
 
 use std::{

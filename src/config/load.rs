@@ -7,7 +7,12 @@
 //! the rest is read again, until it can be read; what was taken out is remembered, so that nothing is reported
 //! only because something else was wrong. Then the rules between fields are checked, on what could be read.
 
-use std::{collections::BTreeMap, fmt, fs::File, io::Read, path::PathBuf};
+use std::{
+    fmt,
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use figment::{
     Figment, Metadata, Profile, Provider,
@@ -188,7 +193,7 @@ fn nested<'a>(keys: impl Iterator<Item = &'a str>, value: Value) -> Dict {
     keys.fold(innermost, |inner, key| Dict::from([(key, Value::from(inner))]))
 }
 
-fn read_file(path: &std::path::Path) -> Result<Dict, String> {
+fn read_file(path: &Path) -> Result<Dict, String> {
     let mut text = String::new();
     let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text));
     read.map_err(|error| format!("cannot be read: {error}"))?;
@@ -529,31 +534,23 @@ fn explain(kind: &Kind) -> String {
 }
 
 /// An expectation of serde's without Rust's names for things.
-fn wanted(expected: &str) -> String {
-    let bounds: BTreeMap<&str, &str> = [
-        ("u8", "a whole number from 0 to 255"),
-        ("u16", "a whole number from 0 to 65535"),
-        ("u32", "a whole number, 0 or more"),
-        ("u64", "a whole number, 0 or more"),
-        ("usize", "a whole number, 0 or more"),
-        ("a nonzero u8", "a whole number from 1 to 255"),
-        ("a nonzero u16", "a whole number from 1 to 65535"),
-        ("a nonzero u32", "a whole number, 1 or more"),
-        ("a nonzero u64", "a whole number, 1 or more"),
-        ("a nonzero usize", "a whole number, 1 or more"),
-        ("a boolean", "`true` or `false`"),
-        ("a string", "text"),
-        ("path string", "a path"),
-        ("a sequence", "a list"),
-        ("a map", "a section of keys and values"),
-        ("string or map", "one of its words"),
-    ]
-    .into();
-    match bounds.get(expected) {
-        Some(words) => (*words).to_owned(),
-        None if expected.starts_with("struct ") => "a section of keys and values".to_owned(),
-        None if expected.starts_with("enum ") => "one of its words".to_owned(),
-        None => expected.to_owned(),
+fn wanted(expected: &str) -> &str {
+    match expected {
+        "u8" => "a whole number from 0 to 255",
+        "u16" => "a whole number from 0 to 65535",
+        "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "a nonzero u8" => "a whole number from 1 to 255",
+        "a nonzero u16" => "a whole number from 1 to 65535",
+        "a nonzero u32" | "a nonzero u64" | "a nonzero usize" => "a whole number, 1 or more",
+        "a boolean" => "`true` or `false`",
+        "a string" => "text",
+        "path string" => "a path",
+        "a sequence" => "a list",
+        "a map" => "a section of keys and values",
+        _ if expected.starts_with("struct ") => "a section of keys and values",
+        "string or map" => "one of its words",
+        _ if expected.starts_with("enum ") => "one of its words",
+        _ => expected,
     }
 }
 
