@@ -82,6 +82,8 @@ pub struct Recorder {
 #[derive(Debug, Clone)]
 pub enum Recorded {
     Request(Message),
+    /// A request that ended before its end, which no reader takes for one.
+    Cut,
     /// Not one unambiguous request; says why.
     Ambiguous(String),
 }
@@ -127,7 +129,8 @@ impl Recorder {
                         Ok(why) => *why,
                         Err(_) => "unreadable".to_owned(),
                     };
-                    kept.lock().unwrap().push(Recorded::Ambiguous(why));
+                    let cut = ["the connection ended", "no reset"].iter().any(|ended| why.contains(ended));
+                    kept.lock().unwrap().push(if cut { Recorded::Cut } else { Recorded::Ambiguous(why) });
                     return;
                 }
             }
@@ -141,13 +144,14 @@ impl Recorder {
         format!("http://{}", self.address)
     }
 
-    /// All that it was asked so far; panics where something was ambiguous.
+    /// All that it was asked so far and in full; panics where something was ambiguous.
     pub fn requests(&self) -> Vec<Message> {
         let requests = self.requests.lock().unwrap().clone();
         requests
             .into_iter()
-            .map(|recorded| match recorded {
-                Recorded::Request(request) => request,
+            .filter_map(|recorded| match recorded {
+                Recorded::Request(request) => Some(request),
+                Recorded::Cut => None,
                 Recorded::Ambiguous(why) => panic!("an ambiguous request went upstream: {why}"),
             })
             .collect()

