@@ -805,7 +805,8 @@ impl<H: Handler> Serve<H> {
         };
         Self {
             state,
-            timer: sleep_until(accepted + shared.timing.client_header()),
+            // Whichever may be due first: a request can be over in no time.
+            timer: sleep_until(accepted + shared.timing.client_header().min(shared.timing.keepalive())),
             told: shared.drain.told(),
             shared,
             watch,
@@ -1004,7 +1005,8 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
         None => (watch.ended() + keepalive, "idle"),
     };
     match state {
-        _ if now < due => Look::Again(due),
+        // The head may come, and its request be over, long before the head would be late.
+        _ if now < due => Look::Again(due.min(now + keepalive)),
         State::Http1(_) if head.is_some() => Look::Drop(why),
         State::Http1(_) | State::Http2(_) => Look::Close,
         State::Greeting(_) | State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),

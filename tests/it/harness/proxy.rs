@@ -48,11 +48,18 @@ impl Proxy {
     /// As [`start`](Self::start), with `UPSTREAM` in the file standing for `url`, and an upstream `api` of that
     /// URL where the file has none.
     pub async fn before(url: &str, yaml: &str) -> Self {
+        let mut proxy = Self::spawn_before(url, yaml);
+        proxy.find_address().await;
+        proxy
+    }
+
+    /// As [`before`](Self::before), without waiting for its listeners.
+    pub fn spawn_before(url: &str, yaml: &str) -> Self {
         let mut file = yaml.replace("UPSTREAM", url);
         if !has_key(&file, "upstreams") {
             file = format!("upstreams: {{ api: {{ endpoints: [\"{url}\"] }} }}\n{file}");
         }
-        Self::start(&file).await
+        Self::spawn_file(&file)
     }
 
     /// Runs `sidegate --upstream URL`, without a file.
@@ -136,11 +143,11 @@ impl Proxy {
         Wire::ask(self.admin().await, format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await
     }
 
-    /// The value of one series on `/metrics`, named with its labels; 0 where there is none.
-    pub async fn sample(&self, series: &str) -> f64 {
+    /// The value of one counter or gauge on `/metrics`, named with its labels; 0 where there is none.
+    pub async fn sample(&self, series: &str) -> i64 {
         let metrics = self.admin_get("/metrics").await.text();
         let line = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-        line.map_or(0.0, |value| value.parse().unwrap())
+        line.map_or(0, |value| value.parse().unwrap())
     }
 
     /// A connection to the first listener.
@@ -187,9 +194,20 @@ impl Proxy {
 
     /// Memory that the process holds, in KiB.
     pub fn resident(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("/proc");
+        let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("/proc");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
         line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// The process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks the process to end and waits until it has.
+    pub async fn stop(self) -> (ExitStatus, String) {
+        self.signal(Signal::TERM);
+        self.exit().await
     }
 
     /// Waits until the process has ended.
