@@ -13,6 +13,8 @@ mod errors;
 mod fastapi;
 mod floors;
 mod forwarded;
+mod reload;
+mod routing;
 mod server;
 mod smuggling;
 mod streaming;
