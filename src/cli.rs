@@ -17,7 +17,7 @@ use crate::{
     message::BoxError,
     server,
     settings::Settings,
-    telemetry::log::chain,
+    telemetry::log::{Guard, chain},
 };
 
 /// Ended well.
@@ -198,9 +198,11 @@ fn block_on<T>(settings: &Settings, work: impl Future<Output = Result<T, BoxErro
     runtime.block_on(work)
 }
 
-fn end(result: Result<(), BoxError>) -> ExitCode {
+/// What `work` left behind, the log's guard, is dropped here, after the runtime: what the runtime's end cuts
+/// writes its lines still.
+fn end(result: Result<Guard, BoxError>) -> ExitCode {
     match result {
-        Ok(()) => OK.into(),
+        Ok(_guard) => OK.into(),
         Err(error) => fail(&*error),
     }
 }

@@ -8,14 +8,14 @@
 //! ```
 //! use std::time::Duration;
 //! use http::{Request, Response};
-//! use sidegate::{layers::timeouts::FirstByteLayer, message::{Error, Kind}};
+//! use sidegate::{layers::timeouts::FirstByteLayer, message::{Body, Error, Kind}};
 //! use tower::{ServiceBuilder, ServiceExt, service_fn};
 //!
 //! # tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap().block_on(async {
 //! let service = ServiceBuilder::new()
 //!     .layer(FirstByteLayer::new(Duration::from_secs(30)))
-//!     .service(service_fn(|_: Request<()>| std::future::pending::<Result<Response<()>, std::io::Error>>()));
-//! let error = service.oneshot(Request::new(())).await.unwrap_err();
+//!     .service(service_fn(|_: Request<Body>| std::future::pending::<Result<Response<Body>, std::io::Error>>()));
+//! let error = service.oneshot(Request::new(Body::empty())).await.unwrap_err();
 //! assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::UpstreamTimeout));
 //! # });
 //! ```

@@ -228,13 +228,14 @@ async fn look_at(certificates: Vec<Arc<Tls>>) {
 const OPERATORS: usize = 64;
 
 /// Serves as `settings` say, until the process is asked to stop and has drained, or its connections were cut.
-/// Takes the process' signals and its log.
+/// Takes the process' signals and its log. Returns the guard of the log, to be dropped after the runtime: the lines
+/// of what the runtime's end cuts are written then.
 ///
 /// # Errors
 /// The log cannot be opened, the stack cannot be built, or an address cannot be listened on.
-pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Result<(), BoxError> {
+pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Result<log::Guard, BoxError> {
     let metrics = Metrics::new();
-    let (log, _guard) = log::open(&settings.log, metrics.process().log_lines_dropped.clone())?;
+    let (log, guard) = log::open(&settings.log, metrics.process().log_lines_dropped.clone())?;
     log::install(&log, settings.log.filter()?)?;
     let registry = Arc::new(Registry::new(metrics.clone(), log));
     let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry)?));
@@ -277,7 +278,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         Outcome::Drained => info!("stopped"),
         Outcome::Cut(connections) => warn!(connections, "stopped, and cut connections"),
     }
-    Ok(())
+    Ok(guard)
 }
 
 impl From<&Settings> for Server {

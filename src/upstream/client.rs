@@ -1,8 +1,9 @@
 //! The client: row 21 of the request path. Sends a request to one endpoint and streams its response back.
 //!
-//! HTTP/1.1 connections are pooled, HTTP/2 multiplexes over one. Dropping the response's future or its body
-//! cancels the request upstream at once: the task of its HTTP/1.1 connection is aborted, its HTTP/2 stream
-//! is reset. A body that breaks off fails with [`Kind::UpstreamReset`], so that nobody downstream takes it
+//! HTTP/1.1 connections are pooled, HTTP/2 multiplexes over one. An HTTP/1.1 connection has no task of its
+//! own: whoever waits for its response or reads its body drives it, so that a frame costs no switch of tasks
+//! and a burst of frames is read, gathered and handed on in one turn. Dropping the response's future or its
+//! body cancels the request upstream at once: the HTTP/1.1 connection is closed, the HTTP/2 stream is reset. A body that breaks off fails with [`Kind::UpstreamReset`], so that nobody downstream takes it
 //! for complete.
 //!
 //! A request that a pooled connection did not take is sent again on another: it was never on the wire. One
@@ -11,22 +12,26 @@
 
 use std::{
     future::poll_fn,
-    pin::Pin,
+    mem,
+    pin::{Pin, pin},
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
-    header::{CONNECTION, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, UPGRADE},
+    header::{
+        CONNECTION, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING, UPGRADE,
+    },
     uri::{Authority, PathAndQuery, Scheme},
 };
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::{
     body::Incoming,
-    client::conn::{http1, http2},
+    client::conn::{TrySendError, http1, http2},
     ext::Protocol as Extended,
     upgrade::OnUpgrade,
 };
@@ -161,18 +166,31 @@ struct Endpoint {
     name: Arc<str>,
     protocol: Protocol,
     scheme: Scheme,
+    /// What `Host` is set to.
     host: Option<HeaderValue>,
+    /// The endpoint's name, for a request without a host.
+    own_host: HeaderValue,
     connector: Connector,
-    pool: Arc<Pool<Sender>>,
+    pool: Arc<Pool<Connection>>,
     shared: Mutex<Option<(http2::SendRequest<Body>, Task)>>,
     metrics: EndpointMetrics,
     _sweep: Task,
 }
 
-/// The sending side of an HTTP/1.1 connection, with the task that moves its bytes.
-struct Sender {
+/// An HTTP/1.1 connection: the side that takes requests, and the side that moves bytes while it is polled.
+struct Connection {
     send: http1::SendRequest<Body>,
-    _task: Task,
+    drive: Drive,
+}
+
+type Drive = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
+
+impl Connection {
+    /// Whether the connection takes a request now. Sees what has come over it since it was used: most often
+    /// nothing, sometimes its end.
+    fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
+        self.drive.as_mut().poll(cx).is_pending() && self.send.is_ready()
+    }
 }
 
 /// A task that ends when its owner is dropped.
@@ -204,15 +222,18 @@ impl Client {
         };
         let tls = address.tls().then(|| connect::tls(config.tls.ca.as_deref(), alpn)).transpose()?;
         let name = address.to_string();
-        let host = match (&config.host, address) {
-            (Some(Host::Literal(host)), _) => Some(host.clone()),
-            (Some(Host::Preserve), _) | (None, Address::Unix(_) | Address::Tcp { tls: false, .. }) => None,
-            (Some(Host::Endpoint), Address::Unix(_)) => Some(HeaderValue::from_static("localhost")),
-            (Some(Host::Endpoint) | None, Address::Tcp { authority, tls }) => {
+        let own_host = match address {
+            Address::Unix(_) => HeaderValue::from_static("localhost"),
+            Address::Tcp { authority, tls } => {
                 let usual = authority.port_u16() == Some(if *tls { 443 } else { 80 });
-                let host = if usual { authority.host() } else { authority.as_str() };
-                Some(HeaderValue::from_str(host)?)
+                HeaderValue::from_str(if usual { authority.host() } else { authority.as_str() })?
             }
+        };
+        let host = match &config.host {
+            Some(Host::Literal(host)) => Some(host.clone()),
+            Some(Host::Endpoint) => Some(own_host.clone()),
+            Some(Host::Preserve) => None,
+            None => address.tls().then(|| own_host.clone()),
         };
         let keep = config.pool.idle.on().map_or(Duration::ZERO, HumanDuration::get);
         let most = if keep.is_zero() { 0 } else { config.pool.max_idle as usize };
@@ -223,6 +244,7 @@ impl Client {
             protocol: config.protocol,
             scheme: if address.tls() { Scheme::HTTPS } else { Scheme::HTTP },
             host,
+            own_host,
             connector: Connector::new(address, tls)?,
             pool,
             shared: Mutex::new(None),
@@ -241,14 +263,14 @@ impl Client {
     }
 }
 
-/// Closes connections that nobody has used for `keep`.
-async fn sweep(pool: Arc<Pool<Sender>>, keep: Duration) {
+/// Closes connections that nobody has used for `keep`, or that the upstream has closed.
+async fn sweep(pool: Arc<Pool<Connection>>, keep: Duration) {
     if keep.is_zero() {
         return;
     }
     loop {
         sleep(keep.clamp(Duration::from_millis(100), Duration::from_secs(5))).await;
-        pool.expire();
+        pool.sweep(|connection| connection.poll_usable(&mut Context::from_waker(Waker::noop())));
     }
 }
 
@@ -302,13 +324,15 @@ impl Client {
         let upgrade = Upgrade::of(&mut request, endpoint.protocol, exchange);
         let progress = track(&mut request);
         endpoint.address(&mut request)?;
-        let (mut response, lease) = match endpoint.protocol {
+        let (mut response, mut lease) = match endpoint.protocol {
             Protocol::Http1 => self.http1(request).await?,
             // Boxed, as is `open`: what is rare must not make the future of every request larger.
             Protocol::Http2 => Box::pin(self.http2(request)).await?,
         };
-        if let Some(progress) = &progress {
+        if let Some(progress) = progress.filter(|progress| !progress.done()) {
+            // An answer before the end of the upload. The rest may go on while nobody reads the answer.
             progress.want();
+            lease.detach();
         }
         if is_event_stream(response.headers()) {
             // Only an absent field: what the backend says to an nginx outside of us is its own business.
@@ -321,26 +345,25 @@ impl Client {
         }
         // The version is that of one hop (RFC 9110 §6.2), and what hyper's server answers with.
         *response.version_mut() = Version::HTTP_11;
-        Ok(response.map(|incoming| ResponseBody::new(incoming, lease, progress)))
+        Ok(response.map(|incoming| ResponseBody::new(incoming, lease)))
     }
 
     async fn http1(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
         let endpoint = &self.endpoint;
         let mut spent = false;
         loop {
-            let pooled = if spent { None } else { endpoint.pooled().await };
+            let pooled = if spent { None } else { poll_fn(|cx| Poll::Ready(endpoint.pooled(cx))).await };
             let reused = pooled.is_some();
-            let mut sender = match pooled {
-                Some(sender) => sender,
+            let mut connection = match pooled {
+                Some(connection) => connection,
                 None => Box::pin(self.open()).await?,
             };
             let again = (reused && may_repeat(&request)).then(|| copy(&request));
-            let error = match sender.send.try_send_request(request).await {
-                Ok(response) => return Ok((response, Lease::Http1(sender, endpoint.pool.clone()))),
+            let mut error = match connection.exchange(request).await {
+                Ok(response) => return Ok((response, Lease::Http1 { connection, pool: endpoint.pool.clone() })),
                 Err(error) if !reused => return Err(broken(error.into_error())),
                 Err(error) => error,
             };
-            let mut error = error;
             request = match (error.take_message(), again) {
                 // It was never on the wire: any request may be sent again.
                 (Some(request), _) => request,
@@ -355,20 +378,14 @@ impl Client {
     }
 
     /// A new HTTP/1.1 connection.
-    async fn open(&self) -> Result<Sender, Error> {
+    async fn open(&self) -> Result<Connection, Error> {
         let io = self.dial().await?;
-        let (mut send, connection) = http1::Builder::new()
-            .handshake(TokioIo::new(io))
-            .await
-            .map_err(|error| Error::new(Kind::ConnectFailed, error))?;
-        let name = self.endpoint.name.clone();
-        let task = Task::spawn(async move {
-            if let Err(error) = connection.with_upgrades().await {
-                tracing::debug!(endpoint = %name, error = chain(&error), "upstream connection broke");
-            }
-        });
-        poll_fn(|cx| send.poll_ready(cx)).await.map_err(|error| Error::new(Kind::ConnectFailed, error))?;
-        Ok(Sender { send, _task: task })
+        let failed = |error| Error::new(Kind::ConnectFailed, error);
+        let (send, connection) = http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(failed)?;
+        let mut connection = Connection { send, drive: Box::pin(connection.with_upgrades()) };
+        // The first turn makes it ready.
+        poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await;
+        Ok(connection)
     }
 
     async fn http2(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
@@ -425,23 +442,27 @@ impl Client {
     }
 }
 
+impl Connection {
+    /// Sends a request and drives the connection until the head of the response is there.
+    async fn exchange(&mut self, request: Request) -> Result<http::Response<Incoming>, TrySendError<Request>> {
+        let mut response = pin!(self.send.try_send_request(request));
+        let mut ended = false;
+        poll_fn(|cx| {
+            if !ended {
+                // How it ends, the response says better.
+                ended = self.drive.as_mut().poll(cx).is_ready();
+            }
+            response.as_mut().poll(cx)
+        })
+        .await
+    }
+}
+
 impl Endpoint {
     /// A pooled connection that is ready for a request.
-    async fn pooled(&self) -> Option<Sender> {
-        while let Some(sender) = self.pool.take() {
-            // A connection is put back when its response has ended, and its task may need a moment more to
-            // see that. One that takes longer is of no use.
-            for _ in 0..3 {
-                if sender.send.is_ready() {
-                    return Some(sender);
-                }
-                if sender.send.is_closed() {
-                    break;
-                }
-                tokio::task::yield_now().await;
-            }
-        }
-        None
+    fn pooled(&self, cx: &mut Context<'_>) -> Option<Connection> {
+        std::iter::from_fn(|| self.pool.take())
+            .find_map(|mut connection| connection.poll_usable(cx).then_some(connection))
     }
 
     /// Turns the request from the client's side to the endpoint's: target, version, `Host`.
@@ -454,14 +475,24 @@ impl Endpoint {
         match self.protocol {
             Protocol::Http1 => {
                 *request.version_mut() = Version::HTTP_11;
+                let framed = request.body().is_end_stream() || request.body().size_hint().exact().is_some();
+                let headers = request.headers_mut();
                 // Only a hop that `Connection: te` names it to would understand it.
-                request.headers_mut().remove(TE);
+                headers.remove(TE);
+                // Hyper sends no body of unknown length with GET and its like unless it is told to.
+                if !framed {
+                    headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+                }
+                // HTTP/1.0 may come without, HTTP/1.1 must not go without.
+                if !headers.contains_key(HOST) {
+                    headers.insert(HOST, self.own_host.clone());
+                }
                 *request.uri_mut() = path.into();
             }
             Protocol::Http2 => {
                 *request.version_mut() = Version::HTTP_2;
                 let host = request.headers_mut().remove(HOST);
-                let authority = host.as_ref().map_or(b"localhost".as_slice(), HeaderValue::as_bytes);
+                let authority = host.as_ref().unwrap_or(&self.own_host).as_bytes();
                 *request.uri_mut() = Uri::builder()
                     .scheme(self.scheme.clone())
                     .authority(authority)
@@ -535,9 +566,29 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
 /// What a response holds of its connection.
 enum Lease {
     /// The whole connection, which goes back to its pool at the response's end.
-    Http1(Sender, Arc<Pool<Sender>>),
+    Http1 { connection: Connection, pool: Arc<Pool<Connection>> },
+    /// A connection that still carries the request's body, in a task of its own. It is not used again.
+    Detached { _send: http1::SendRequest<Body>, _task: Task },
     /// A stream of a connection that lives as long as its endpoint.
     Http2 { _endpoint: Arc<Endpoint> },
+    /// Nothing any more.
+    Ended,
+}
+
+impl Lease {
+    /// Lets the connection drive itself.
+    fn detach(&mut self) {
+        if let Self::Http1 { connection: Connection { send, drive }, .. } = mem::replace(self, Self::Ended) {
+            *self = Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) };
+        }
+    }
+
+    /// Gives the connection back.
+    fn end(&mut self) {
+        if let Self::Http1 { connection, pool } = mem::replace(self, Self::Ended) {
+            pool.put(connection);
+        }
+    }
 }
 
 pin_project! {
@@ -546,8 +597,6 @@ pin_project! {
     pub struct ResponseBody {
         #[pin]
         body: Flow,
-        lease: Option<Lease>,
-        upload: Option<Arc<Progress>>,
     }
 }
 
@@ -555,35 +604,22 @@ pin_project! {
     #[project = FlowProjection]
     enum Flow {
         /// Its length is known: frames are as large as they come.
-        Sized { #[pin] body: Incoming },
+        Sized { #[pin] body: Driven },
         /// A stream, which may come in many small frames.
-        Stream { #[pin] body: Gather<Incoming> },
+        Stream { #[pin] body: Gather<Driven> },
         /// A tunnel has taken its place.
         Nothing,
     }
 }
 
 impl ResponseBody {
-    fn new(incoming: Incoming, lease: Lease, upload: Option<Arc<Progress>>) -> Self {
-        let body = if incoming.size_hint().exact().is_some() {
-            Flow::Sized { body: incoming }
-        } else {
-            Flow::Stream { body: Gather::new(incoming) }
-        };
-        let mut new = Self { body, lease: Some(lease), upload };
-        if new.is_end_stream() {
-            release(&mut new.lease, new.upload.as_deref());
+    fn new(incoming: Incoming, mut lease: Lease) -> Self {
+        if incoming.is_end_stream() {
+            lease.end();
         }
-        new
-    }
-}
-
-/// Gives the connection back, unless the upload that it still carries makes it useless.
-fn release(lease: &mut Option<Lease>, upload: Option<&Progress>) {
-    if let Some(Lease::Http1(sender, pool)) = lease.take()
-        && upload.is_none_or(Progress::done)
-    {
-        pool.put(sender);
+        let sized = incoming.size_hint().exact().is_some();
+        let body = Driven { incoming, lease };
+        Self { body: if sized { Flow::Sized { body } } else { Flow::Stream { body: Gather::new(body) } } }
     }
 }
 
@@ -592,32 +628,19 @@ impl HttpBody for ResponseBody {
     type Error = BoxError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let mut this = self.project();
-        let frame = match this.body.as_mut().project() {
-            FlowProjection::Sized { body } => ready!(body.poll_frame(cx)),
-            FlowProjection::Stream { body } => ready!(body.poll_frame(cx)),
-            FlowProjection::Nothing => None,
-        };
-        Poll::Ready(match frame {
-            Some(Ok(frame)) => {
-                if this.body.is_end_stream() {
-                    release(this.lease, this.upload.as_deref());
-                }
-                Some(Ok(frame))
-            }
-            Some(Err(error)) => {
-                *this.lease = None;
-                Some(Err(Error::new(Kind::UpstreamReset, error).into()))
-            }
-            None => {
-                release(this.lease, this.upload.as_deref());
-                None
-            }
-        })
+        match self.project().body.project() {
+            FlowProjection::Sized { body } => body.poll_frame(cx),
+            FlowProjection::Stream { body } => body.poll_frame(cx),
+            FlowProjection::Nothing => Poll::Ready(None),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        match &self.body {
+            Flow::Sized { body } => body.is_end_stream(),
+            Flow::Stream { body } => body.is_end_stream(),
+            Flow::Nothing => true,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -629,13 +652,50 @@ impl HttpBody for ResponseBody {
     }
 }
 
-impl Flow {
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Sized { body } => body.is_end_stream(),
-            Self::Stream { body } => body.is_end_stream(),
-            Self::Nothing => true,
+/// A body that drives the connection it comes over.
+struct Driven {
+    incoming: Incoming,
+    lease: Lease,
+}
+
+impl HttpBody for Driven {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        let mut frame = Pin::new(&mut this.incoming).poll_frame(cx);
+        if let (Poll::Pending, Lease::Http1 { connection, .. }) = (&frame, &mut this.lease) {
+            if connection.drive.as_mut().poll(cx).is_ready() {
+                // It has ended, with or without the rest of the body, and takes no other request.
+                this.lease = Lease::Ended;
+            }
+            frame = Pin::new(&mut this.incoming).poll_frame(cx);
         }
+        match ready!(frame) {
+            Some(Ok(frame)) => {
+                if this.incoming.is_end_stream() {
+                    this.lease.end();
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                this.lease = Lease::Ended;
+                Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, error).into())))
+            }
+            None => {
+                this.lease.end();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
     }
 }
 
@@ -671,11 +731,12 @@ impl Upgrade {
         Some(Self { client, translated: extended && protocol == Protocol::Http1, exchange, idle })
     }
 
-    fn tunnel(self, mut response: http::Response<Incoming>, lease: Lease) -> http::Response<ResponseBody> {
+    fn tunnel(self, mut response: http::Response<Incoming>, mut lease: Lease) -> http::Response<ResponseBody> {
         let upstream = hyper::upgrade::on(&mut response);
         if let Some(exchange) = &self.exchange {
             exchange.facts().tunnel = Some(Box::new(()));
         }
+        lease.detach();
         let carry = async move {
             // The connection must live at least until it is handed over; then it lives by itself.
             let _lease = lease;
@@ -689,7 +750,7 @@ impl Upgrade {
                 response.headers_mut().remove(name);
             }
         }
-        response.map(|_| ResponseBody { body: Flow::Nothing, lease: None, upload: None })
+        response.map(|_| ResponseBody { body: Flow::Nothing })
     }
 }
 

@@ -1,10 +1,9 @@
 //! Gathers what has already arrived of a stream before it hands it on.
 //!
-//! Hyper reads a burst of small chunks with one system call, but hands them over one at a time, each after a
-//! turn of the task that reads, and the server side writes each to the client with a system call of its own.
-//! Here the reading task gets a few more turns before a frame is passed on, for as long as each brings more:
-//! no timer, and no more delay than the runtime's queue of ready tasks. A frame that comes alone passes with
-//! the delay of those turns; a burst passes as one write.
+//! Hyper reads a burst of small chunks with one system call, but hands them over one at a time, and its server
+//! side writes each to the client with a system call of its own. Here all that is ready is taken before any of
+//! it is passed on: no timer, no turn of the runtime, no delay. A frame that comes alone passes as it is; a
+//! burst passes as one write.
 
 use std::{
     pin::Pin,
@@ -17,10 +16,6 @@ use pin_project_lite::pin_project;
 
 /// The most that is gathered, in bytes: a write of this size is far from being dominated by its call.
 const MOST: usize = 32 * 1024;
-/// Turns that bring nothing before the frame is passed on. A server may poll a body more than once within
-/// one turn of its own task, so one fruitless poll does not mean that the reader had its turn.
-const TURNS: u8 = 3;
-
 pin_project! {
     /// A body whose frames are gathered. See the [module](self).
     pub(super) struct Gather<B: HttpBody> {
@@ -28,7 +23,6 @@ pin_project! {
         body: B,
         first: Bytes,
         more: BytesMut,
-        fruitless: u8,
         next: Option<Next<B::Error>>,
     }
 }
@@ -42,7 +36,7 @@ enum Next<E> {
 
 impl<B: HttpBody<Data = Bytes>> Gather<B> {
     pub(super) fn new(body: B) -> Self {
-        Self { body, first: Bytes::new(), more: BytesMut::new(), fruitless: 0, next: None }
+        Self { body, first: Bytes::new(), more: BytesMut::new(), next: None }
     }
 }
 
@@ -69,7 +63,6 @@ impl<B: HttpBody<Data = Bytes>> HttpBody for Gather<B> {
             match this.body.as_mut().poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
-                        *this.fruitless = 0;
                         // The first frame is held as it is: most streams bring one at a time.
                         if this.first.is_empty() {
                             *this.first = data;
@@ -88,15 +81,9 @@ impl<B: HttpBody<Data = Bytes>> HttpBody for Gather<B> {
                 Poll::Ready(Some(Err(error))) => *this.next = Some(Next::Error(error)),
                 Poll::Ready(None) => *this.next = Some(Next::End),
                 Poll::Pending if this.first.is_empty() => return Poll::Pending,
-                Poll::Pending if *this.fruitless < TURNS => {
-                    *this.fruitless += 1;
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
                 Poll::Pending => break,
             }
         }
-        *this.fruitless = 0;
         let first = std::mem::take(this.first);
         let data = if this.more.is_empty() { first } else { std::mem::take(this.more).freeze() };
         Poll::Ready(Some(Ok(Frame::data(data))))
@@ -151,20 +138,10 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_comes_a_turn_later_is_waited_for() {
-        let slow = stream::iter([data("a"), data("b")]).then(|frame| async {
-            tokio::task::yield_now().await;
-            frame
-        });
-        assert_eq!(frames(slow).await, [Ok("ab".into())]);
-    }
-
-    #[tokio::test]
     async fn a_frame_is_never_held_for_one_that_may_not_come() {
         let silent = stream::iter([data("a")]).chain(stream::pending());
         let mut body = Box::pin(Gather::new(StreamBody::new(silent)));
-        // No timer runs here: only the runtime's own turns.
-        let frame = body.frame().await.unwrap().unwrap();
+        let frame = body.frame().now_or_never().expect("at once").unwrap().unwrap();
         assert_eq!(frame.into_data().unwrap(), "a");
         assert!(body.frame().now_or_never().is_none());
     }

@@ -1,11 +1,12 @@
 //! Idle connections of one endpoint.
 //!
-//! Ours and not a library's, for three reasons: hyper-util's legacy client spawns a task for each response
-//! that is streamed, in order to give its connection back; its composable pools have no names for their
-//! types, so each lease would be a box, and no hook for the idle time; and neither tells whether a
-//! connection was used before, which the silent retry has to know.
+//! Ours and not a library's: hyper-util's pools want each connection driven by a task of its own, which costs
+//! two switches of tasks per frame; its legacy client spawns another for each response that is streamed, in
+//! order to give the connection back; and neither tells whether a connection was used before, which the
+//! silent retry has to know.
 
 use std::{
+    mem,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -40,15 +41,21 @@ impl<T> Pool<T> {
         }
     }
 
-    /// Closes what has rested too long.
-    pub(super) fn expire(&self) {
-        let expired: Vec<_> = {
-            let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            // The oldest are in front.
-            let fresh = idle.partition_point(|(since, _)| since.elapsed() >= self.after);
-            idle.drain(..fresh).collect()
-        };
-        drop(expired); // not under the lock: closing has work to do
+    /// Closes what has rested too long, and what `usable` does not want.
+    pub(super) fn sweep(&self, mut usable: impl FnMut(&mut T) -> bool) {
+        let idle = mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        // Not under the lock: looking and closing have work to do. Who comes meanwhile opens a connection.
+        let fresh: Vec<_> = idle
+            .into_iter()
+            .filter_map(|(since, mut connection)| {
+                (since.elapsed() < self.after && usable(&mut connection)).then_some((since, connection))
+            })
+            .collect();
+        // What came back meanwhile is younger, and stays on top.
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let younger = mem::replace(&mut *idle, fresh);
+        idle.extend(younger);
+        idle.truncate(self.most);
     }
 }
 
@@ -66,11 +73,14 @@ mod tests {
         pool.put("new");
         pool.put("one too many");
         advance(Duration::from_secs(6)).await;
-        pool.expire();
+        pool.sweep(|_| true);
         assert_eq!(pool.take(), Some("new"));
         assert_eq!(pool.take(), None, "the old one has expired");
         pool.put("stale");
         advance(Duration::from_secs(11)).await;
         assert_eq!(pool.take(), None, "also before the sweep");
+        pool.put("closed");
+        pool.sweep(|connection| *connection != "closed");
+        assert_eq!(pool.take(), None, "what is of no use goes too");
     }
 }
