@@ -76,7 +76,7 @@ enum Command {
     /// Print the JSON Schema of the configuration file
     Schema,
     /// Run a small backend that streams as OpenAI's API does, and sidegate before it
-    Demo,
+    Demo(DemoPorts),
 }
 
 #[derive(Debug, Args)]
@@ -93,6 +93,17 @@ struct Ports {
     #[arg(long, value_name = "ADDRESS", help = LISTEN)]
     listen: Option<String>,
     /// Where health, metrics and configuration are, or `off` [default: 127.0.0.1:9090]
+    #[arg(long, value_name = "ADDRESS|off")]
+    admin: Option<String>,
+}
+
+/// What wins over the policy of the demo.
+#[derive(Debug, Args)]
+struct DemoPorts {
+    /// Where sidegate listens: ADDRESS:PORT [default: 127.0.0.1:8080, or a free port]
+    #[arg(long, value_name = "ADDRESS")]
+    listen: Option<String>,
+    /// Where health, metrics and configuration are, or `off` [default: 127.0.0.1:9090, or a free port]
     #[arg(long, value_name = "ADDRESS|off")]
     admin: Option<String>,
 }
@@ -139,7 +150,7 @@ pub fn main() -> ExitCode {
         Some(Command::Run { file: path, ports }) => run(&ports.over(file(path))),
         Some(Command::Check { file: path }) => check(&file(path)),
         Some(Command::Schema) => say(&format!("{:#}\n", Settings::schema().as_value())),
-        Some(Command::Demo) => demo(environment),
+        Some(Command::Demo(DemoPorts { listen, admin })) => demo(Ports { listen, admin }.over(environment)),
     }
 }
 
@@ -166,8 +177,8 @@ fn check(sources: &Sources) -> ExitCode {
     }
 }
 
-fn demo(environment: Sources) -> ExitCode {
-    let demo = match Demo::new(environment) {
+fn demo(sources: Sources) -> ExitCode {
+    let demo = match Demo::new(sources) {
         Ok(demo) => demo,
         Err(error) => return fail(&error),
     };

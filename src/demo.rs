@@ -47,10 +47,10 @@ pub struct Demo {
 
 impl Demo {
     /// Binds the backend to a port that the system chooses. `sources` win over the policy. Where its ports are taken,
-    /// others are chosen.
+    /// others are chosen, but not for those that an option asks for.
     ///
     /// # Errors
-    /// No port can be had.
+    /// No port can be had; an option's is taken.
     pub fn new(sources: Sources) -> io::Result<Self> {
         let backend = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
         backend.set_nonblocking(true)?;
@@ -64,7 +64,11 @@ impl Demo {
             let admin = settings.admin.as_ref().map(|admin| ("admin.listen", &admin.listen));
             for (key, address) in [listen, admin].into_iter().flatten() {
                 if let Address::Tcp(wanted) = *address {
-                    let free = free(wanted)?;
+                    let option = sources.options.iter().find(|(_, given, _)| *given == key);
+                    let free = match option.filter(|_| wanted.port() != 0) {
+                        Some((option, ..)) => asked_for(wanted, option)?,
+                        None => free(wanted)?,
+                    };
                     moved |= free != wanted && wanted.port() != 0;
                     sources = sources.with_option("demo", key, free.to_string());
                 }
@@ -145,6 +149,16 @@ fn free(wanted: SocketAddr) -> io::Result<SocketAddr> {
         Err(error) if taken(&error) => TcpListener::bind((wanted.ip(), 0))?.local_addr(),
         bound => bound?.local_addr(),
     }
+}
+
+/// The address, if it is free.
+fn asked_for(wanted: SocketAddr, option: &str) -> io::Result<SocketAddr> {
+    let taken = |error: io::Error| {
+        let message =
+            format!("cannot listen on {wanted}: {error}: choose another address with `{option}`, or leave it out");
+        io::Error::new(error.kind(), message)
+    };
+    TcpListener::bind(wanted).map(|_| wanted).map_err(taken)
 }
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Body>, Infallible> {

@@ -6,10 +6,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::File,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::{NonZeroU32, NonZeroUsize},
-    path::Path,
 };
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::RecursiveTransform};
@@ -205,8 +203,8 @@ impl Check for Upstream {
                 more => problems.add("endpoints", format!("has {} entries: exactly one endpoint for now", more.len())),
             },
         }
-        if let Some(ca) = self.tls.as_ref().and_then(|tls| tls.ca.as_ref()) {
-            check_file("tls.ca", ca, problems);
+        if let Some(tls) = &self.tls {
+            problems.at("tls", |problems| tls.check(problems));
         }
     }
 }
@@ -358,8 +356,7 @@ impl Settings {
         }
         for (n, listener) in self.listen.iter().enumerate() {
             if let Some(tls) = &listener.tls {
-                check_file(&format!("{}.tls.certificate", key(n)), &tls.certificate, problems);
-                check_file(&format!("{}.tls.key", key(n)), &tls.key, problems);
+                problems.at(format!("{}.tls", key(n)), |problems| tls.check(problems));
             }
             let mut earlier = self.listen.iter().take(n);
             if let Some(other) = earlier.find(|other| clash(&other.address, &listener.address)) {
@@ -386,7 +383,7 @@ impl Settings {
         if upstreams.is_empty() {
             let how = "needs at least one, as in `{api: {endpoints: [http://127.0.0.1:8000]}}`";
             problems.add("upstreams", how);
-        } else if self.routes.is_empty() {
+        } else if self.routes.is_empty() && upstreams.len() > 1 {
             problems.add("routes", "is missing: with more than one upstream, routes say which requests go where");
         }
         let mut names = HashMap::new();
@@ -397,11 +394,18 @@ impl Settings {
                 if route.name.as_ref().is_some_and(illegal) {
                     problems.add("name", "must be 1 to 100 characters, none of them a control character");
                 }
-                let same = self.routes.iter().take(n).position(|other| other.matches.same(&route.matches));
-                if let Some(same) = same {
-                    problems.add("match", format!("is that of `routes.{same}`: this route would never be used"));
-                } else if let Some(other) = names.insert(route.name(), n) {
-                    problems.add("name", format!("`{}` is the name of `routes.{other}` already", route.name()));
+                // What could not be read may be what makes the difference.
+                let differs =
+                    |n: usize| ["match", "name"].iter().any(|key| !tree.is_whole(&format!("routes.{n}.{key}")));
+                let mut earlier = self.routes.iter().take(n).enumerate().filter(|(n, _)| !differs(*n));
+                if !differs(n) {
+                    if let Some((same, _)) = earlier.find(|(_, other)| other.matches.same(&route.matches)) {
+                        let same = tree.place(&format!("routes.{same}"));
+                        problems.add("match", format!("is that of `{same}`: this route would never be used"));
+                    } else if let Some(other) = names.insert(route.name(), n) {
+                        let other = tree.place(&format!("routes.{other}"));
+                        problems.add("name", format!("`{}` is the name of `{other}` already", route.name()));
+                    }
                 }
                 if !upstreams.is_empty() && !upstreams.contains(&&*route.upstream) {
                     let near = match nearest(&route.upstream, upstreams.iter().copied()) {
@@ -463,12 +467,6 @@ fn check_log(log: &log::Config, problems: &mut Problems) {
         && !directory.is_dir()
     {
         problems.add("file", format!("the directory `{}` does not exist", directory.display()));
-    }
-}
-
-fn check_file(key: &str, path: &Path, problems: &mut Problems) {
-    if let Err(error) = File::open(path) {
-        problems.add(key, format!("`{}` cannot be read: {error}", path.display()));
     }
 }
 

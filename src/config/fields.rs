@@ -113,7 +113,7 @@ impl<'de> Deserialize<'de> for FieldValue {
 
 /// YAML makes numbers of values like `0`, which are as good as text here.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "a header value: text or a whole number")]
+#[serde(untagged, expecting = "must be text or a whole number")]
 enum Text {
     Text(String),
     Number(i64),

@@ -8,6 +8,7 @@
 //! only because something else was wrong. Then the rules between fields are checked, on what could be read.
 
 use std::{
+    collections::btree_map::Entry,
     fmt,
     fs::File,
     io::Read,
@@ -22,10 +23,13 @@ use figment::{
 };
 use serde::{
     Deserialize, Deserializer,
-    de::{DeserializeOwned, Error, MapAccess, SeqAccess, Visitor},
+    de::{DeserializeOwned, EnumAccess, Error, MapAccess, SeqAccess, Visitor},
 };
 
-use super::{Problem, Problems, units::ByteSize};
+use super::{
+    Problem, Problems,
+    units::{ByteSize, OR_OFF},
+};
 
 /// The prefix of variables of the environment that are configuration.
 const PREFIX: &str = "SIDEGATE_";
@@ -76,27 +80,23 @@ impl Sources {
         check: impl FnOnce(&mut T, &Tree, &mut Problems),
     ) -> Result<(T, Tree), Problems> {
         let mut problems = Problems::default();
-        let (figment, unreadable) = self.merge();
-        let whole = match figment.find_value("") {
-            Ok(value) if unreadable.is_empty() => value,
+        let figment = self.merge(&mut problems);
+        let whole = match figment.map(|figment| (figment.find_value(""), figment)) {
+            Some((Ok(value), figment)) => (value, figment),
             // What stands in a file that is not even YAML cannot be judged.
-            _ => {
-                for (origin, message) in unreadable {
-                    problems.push(Problem { key: String::new(), message, origin: Some(origin) });
-                }
-                return Err(problems);
-            }
+            _ => return Err(problems),
         };
-        let mut reading = Reading { tree: Tree { pruned: whole.clone(), whole }, taken: Vec::new(), holes: Vec::new() };
+        let (whole, figment) = whole;
+        let tree = Tree { pruned: whole.clone(), whole, taken: Vec::new(), holes: Vec::new() };
+        let mut reading = Reading { tree };
         reading.take_empty(self.free, &mut problems);
         let read = reading.read(&mut problems);
         let read = read.map(|mut value: T| {
             let mut found = Problems::default();
             check(&mut value, &reading.tree, &mut found);
             for mut problem in found {
-                let path: Vec<_> = problem.key.split('.').map(str::to_owned).collect();
-                let path = reading.original(&path);
-                if !reading.is_about_a_hole(&path) {
+                let path = reading.tree.original(&path_of(&problem.key));
+                if !reading.tree.is_about_a_hole(&path) {
                     problem.key = path.join(".");
                     problems.push(problem);
                 }
@@ -115,22 +115,29 @@ impl Sources {
         self.file.as_ref().map(|path| path.display().to_string())
     }
 
-    /// All sources in one, and those that cannot be read at all, by name.
-    fn merge(&self) -> (Figment, Vec<(String, String)>) {
-        let mut figment = Figment::new();
-        let mut unreadable = Vec::new();
-        if let Some((name, text)) = self.built_in {
-            match read_text(text, false) {
-                Ok(values) => figment = figment.merge(Given { name: name.to_owned(), values }),
-                Err(message) => unreadable.push((name.to_owned(), message)),
+    /// All sources in one, if all can be read at all.
+    fn merge(&self, problems: &mut Problems) -> Option<Figment> {
+        let mut figment = Some(Figment::new());
+        let built_in = self.built_in.map(|(name, text)| (name.to_owned(), read_text(text, false)));
+        let file = self.file.as_ref().map(|path| (path.display().to_string(), read_file(path)));
+        for (name, read) in built_in.into_iter().chain(file) {
+            let mut problem = |key: String, message: &str| {
+                problems.push(Problem { key, message: message.to_owned(), origin: Some(name.clone()) });
+            };
+            match read {
+                Ok((values, twice)) => {
+                    for path in twice {
+                        problem(path.join("."), "stands twice: keep one of them");
+                    }
+                    figment = figment.map(|figment| figment.merge(Given { name, values }));
+                }
+                Err(message) => {
+                    problem(String::new(), &message);
+                    figment = None;
+                }
             }
         }
-        if let (Some(path), Some(name)) = (&self.file, self.file_name()) {
-            match read_file(path) {
-                Ok(values) => figment = figment.merge(Given { name, values }),
-                Err(message) => unreadable.push((name, message)),
-            }
-        }
+        let mut figment = figment?;
         let mut variables: Vec<_> = self.environment.iter().filter_map(|(name, value)| variable(name, value)).collect();
         // The order of an environment means nothing: shorter names first, so that the more exact one wins.
         variables.sort_by(|a, b| a.name.cmp(&b.name));
@@ -141,7 +148,7 @@ impl Sources {
         for given in variables.into_iter().chain(options) {
             figment = figment.merge(given);
         }
-        (figment, unreadable)
+        Some(figment)
     }
 }
 
@@ -168,8 +175,23 @@ fn variable(name: &str, value: &str) -> Option<Given> {
     if is_service_link(key, value) {
         return None;
     }
-    let value = value.parse::<Value>().unwrap_or_else(|never| match never {});
-    Some(Given { name: name.to_owned(), values: nested(key.split(LEVEL), value) })
+    Some(Given { name: name.to_owned(), values: nested(key.split(LEVEL), variable_value(value)) })
+}
+
+/// What the text of a variable stands for. A number only where nothing is lost by it: a secret may be `0123` or
+/// `1e5`, and must stay what it is.
+fn variable_value(text: &str) -> Value {
+    let value = text.parse::<Value>().unwrap_or_else(|never| match never {});
+    let same = match &value {
+        Value::Num(_, number) => {
+            match number.to_u128().map(|n| n.to_string()).or(number.to_i128().map(|n| n.to_string())) {
+                Some(digits) => digits == text,
+                None => text.bytes().all(|c| c.is_ascii_digit() || c == b'.'),
+            }
+        }
+        _ => true,
+    };
+    if same { value } else { text.into() }
 }
 
 /// Whether a variable, without its prefix, is one of those that Kubernetes makes of a service's name:
@@ -193,7 +215,10 @@ fn nested<'a>(keys: impl Iterator<Item = &'a str>, value: Value) -> Dict {
     keys.fold(innermost, |inner, key| Dict::from([(key, Value::from(inner))]))
 }
 
-fn read_file(path: &Path) -> Result<Dict, String> {
+/// What a file says, and the keys of which only the first value counts.
+type Said = (Dict, Vec<Vec<String>>);
+
+fn read_file(path: &Path) -> Result<Said, String> {
     let mut text = String::new();
     let read = File::open(path).and_then(|file| file.take(MAX_FILE + 1).read_to_string(&mut text));
     read.map_err(|error| format!("cannot be read: {error}"))?;
@@ -203,16 +228,17 @@ fn read_file(path: &Path) -> Result<Dict, String> {
     read_text(&text, path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("toml")))
 }
 
-fn read_text(text: &str, toml: bool) -> Result<Dict, String> {
+fn read_text(text: &str, toml: bool) -> Result<Said, String> {
     let document = if toml {
         Toml::from_str::<Document>(text)
             .map_err(|error| format!("is not TOML: {}", without_excerpt(&error.to_string())))
     } else {
         Yaml::from_str::<Document>(text).map_err(|error| format!("is not YAML: {error}"))
     };
-    match document?.0 {
-        Value::Dict(_, values) => Ok(values),
-        Value::Empty(..) => Ok(Dict::new()),
+    let Document { value, twice } = document?;
+    match value {
+        Value::Dict(_, values) => Ok((values, twice)),
+        Value::Empty(..) => Ok((Dict::new(), twice)),
         _ => Err("must have keys and values at its top".to_owned()),
     }
 }
@@ -226,8 +252,29 @@ fn without_excerpt(message: &str) -> String {
     lines.collect::<Vec<_>>().join(": ")
 }
 
-/// What a file says, with each key of a mapping at most once. serde's maps and figment's take the last.
-struct Document(Value);
+/// What a file says. Of a key that stands twice in a mapping the first value is taken, and the key remembered: serde's
+/// maps and figment's take the last one without a word.
+struct Document {
+    value: Value,
+    twice: Vec<Vec<String>>,
+}
+
+impl From<Value> for Document {
+    fn from(value: Value) -> Self {
+        Self { value, twice: Vec::new() }
+    }
+}
+
+impl Document {
+    /// Puts what stood twice within it, at `key`, to that of what is around it.
+    fn into_value(self, key: &str, twice: &mut Vec<Vec<String>>) -> Value {
+        twice.extend(self.twice.into_iter().map(|mut path| {
+            path.insert(0, key.to_owned());
+            path
+        }));
+        self.value
+    }
+}
 
 impl<'de> Deserialize<'de> for Document {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
@@ -241,47 +288,68 @@ impl<'de> Deserialize<'de> for Document {
             }
 
             fn visit_bool<E>(self, value: bool) -> Result<Document, E> {
-                Ok(Document(value.into()))
+                Ok(Value::from(value).into())
             }
 
             fn visit_i64<E>(self, value: i64) -> Result<Document, E> {
-                Ok(Document(value.into()))
+                Ok(Value::from(value).into())
             }
 
             fn visit_u64<E>(self, value: u64) -> Result<Document, E> {
-                Ok(Document(value.into()))
+                Ok(Value::from(value).into())
+            }
+
+            /// Too large for whatever a number is good for here, and so the same as a fraction.
+            fn visit_i128<E>(self, _: i128) -> Result<Document, E> {
+                Ok(Value::from(f64::MIN).into())
+            }
+
+            fn visit_u128<E>(self, _: u128) -> Result<Document, E> {
+                Ok(Value::from(f64::MAX).into())
             }
 
             fn visit_f64<E>(self, value: f64) -> Result<Document, E> {
-                Ok(Document(value.into()))
+                Ok(Value::from(value).into())
             }
 
             fn visit_str<E>(self, value: &str) -> Result<Document, E> {
-                Ok(Document(value.into()))
+                Ok(Value::from(value).into())
             }
 
             fn visit_unit<E>(self) -> Result<Document, E> {
-                Ok(Document(Value::Empty(Tag::Default, figment::value::Empty::Unit)))
+                Ok(Value::Empty(Tag::Default, figment::value::Empty::Unit).into())
+            }
+
+            /// An empty YAML document.
+            fn visit_none<E: Error>(self) -> Result<Document, E> {
+                self.visit_unit()
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Document, A::Error> {
-                let mut values = Vec::new();
-                while let Some(Document(value)) = list.next_element()? {
-                    values.push(value);
+                let (mut values, mut twice) = (Vec::<Value>::new(), Vec::new());
+                while let Some(item) = list.next_element::<Document>()? {
+                    values.push(item.into_value(&values.len().to_string(), &mut twice));
                 }
-                Ok(Document(values.into()))
+                Ok(Document { value: values.into(), twice })
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Document, A::Error> {
-                let mut values = Dict::new();
+                let (mut values, mut twice) = (Dict::new(), Vec::new());
                 while let Some(Key(key)) = map.next_key()? {
-                    if values.contains_key(&key) {
-                        return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                    let value = map.next_value::<Document>()?.into_value(&key, &mut twice);
+                    match values.entry(key) {
+                        Entry::Vacant(free) => {
+                            free.insert(value);
+                        }
+                        Entry::Occupied(first) => twice.push(vec![first.key().clone()]),
                     }
-                    let Document(value) = map.next_value()?;
-                    values.insert(key, value);
                 }
-                Ok(Document(values.into()))
+                merge_keys(&mut values).map_err(A::Error::custom)?;
+                Ok(Document { value: values.into(), twice })
+            }
+
+            fn visit_enum<A: EnumAccess<'de>>(self, _: A) -> Result<Document, A::Error> {
+                Err(A::Error::custom("a tag (`!name`) means nothing here"))
             }
         }
 
@@ -289,18 +357,34 @@ impl<'de> Deserialize<'de> for Document {
     }
 }
 
+/// YAML's merge key: `<<` gives what the mapping itself does not (<https://yaml.org/type/merge.html>).
+fn merge_keys(values: &mut Dict) -> Result<(), &'static str> {
+    let given = match values.remove("<<") {
+        None => return Ok(()),
+        Some(Value::Array(_, list)) => list,
+        Some(one) => vec![one],
+    };
+    for mapping in given {
+        let Value::Dict(_, mapping) = mapping else { return Err("`<<` takes a section or a list of sections") };
+        for (key, value) in mapping {
+            values.entry(key).or_insert(value);
+        }
+    }
+    Ok(())
+}
+
 /// A key of a mapping. YAML reads `200:` as a number.
 struct Key(String);
 
 impl<'de> Deserialize<'de> for Key {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        match Document::deserialize(from)?.0 {
+        match Document::deserialize(from)?.value {
             Value::String(_, key) => Ok(Self(key)),
             Value::Bool(_, key) => Ok(Self(key.to_string())),
-            key => match key.to_i128() {
-                Some(number) => Ok(Self(number.to_string())),
-                None => Err(D::Error::custom("a key must be text")),
-            },
+            key => {
+                let number = key.to_u128().map(|n| n.to_string()).or_else(|| Some(key.to_i128()?.to_string()));
+                number.map(Self).ok_or_else(|| D::Error::custom("a key must be text"))
+            }
         }
     }
 }
@@ -311,6 +395,10 @@ pub struct Tree {
     whole: Value,
     /// Without what could not be read.
     pruned: Value,
+    /// What was taken out, as paths of the whole tree.
+    taken: Vec<Vec<String>>,
+    /// Those of them without which a check may go wrong. An unknown key leaves no hole.
+    holes: Vec<Vec<String>>,
 }
 
 impl Tree {
@@ -318,8 +406,19 @@ impl Tree {
     /// that was read.
     #[must_use]
     pub fn has(&self, key: &str) -> bool {
-        let path: Vec<_> = key.split('.').map(str::to_owned).collect();
-        at(&self.pruned, &path).is_some()
+        at(&self.pruned, &path_of(key)).is_some()
+    }
+
+    /// The key as its source counts it: what could not be read is not among the items of the list that was read.
+    #[must_use]
+    pub fn place(&self, key: &str) -> String {
+        self.original(&path_of(key)).join(".")
+    }
+
+    /// Whether all that stands at `key`, counted as in [`has`](Self::has), could be read.
+    #[must_use]
+    pub fn is_whole(&self, key: &str) -> bool {
+        !self.is_about_a_hole(&self.original(&path_of(key)))
     }
 
     /// The keys that stand below `key`, readable or not.
@@ -339,12 +438,48 @@ impl Tree {
         serde_json::to_value(&self.whole)
     }
 
+    /// The path in the whole tree of what stands at `path` in the pruned one: items of lists have moved up.
+    fn original(&self, path: &[String]) -> Vec<String> {
+        let mut original: Vec<String> = Vec::with_capacity(path.len());
+        for key in path {
+            let list = matches!(at(&self.whole, &original), Some(Value::Array(..)));
+            original.push(match key.parse::<usize>() {
+                Ok(mut n) if list => {
+                    let taken = self.taken.iter().filter_map(|taken| match taken.split_last() {
+                        Some((n, above)) if above == original => n.parse::<usize>().ok(),
+                        _ => None,
+                    });
+                    let mut taken: Vec<_> = taken.collect();
+                    taken.sort_unstable();
+                    for gone in taken {
+                        if gone <= n {
+                            n += 1;
+                        }
+                    }
+                    n.to_string()
+                }
+                _ => key.clone(),
+            });
+        }
+        original
+    }
+
+    /// Whether something at, above or below `path` could not be read.
+    fn is_about_a_hole(&self, path: &[String]) -> bool {
+        self.holes.iter().any(|hole| hole.starts_with(path) || path.starts_with(hole))
+    }
+
     /// Who gave the value at `key`, or else at the nearest place above it.
     fn origin(&self, figment: &Figment, key: &str) -> Option<String> {
-        let path: Vec<_> = key.split('.').map(str::to_owned).collect();
+        let path = path_of(key);
         let mut nearest = (1..=path.len()).rev().filter_map(|n| at(&self.whole, path.get(..n)?));
         nearest.find_map(|value| Some(figment.get_metadata(value.tag())?.name.to_string()))
     }
+}
+
+/// The keys of a dotted path.
+fn path_of(key: &str) -> Vec<String> {
+    key.split('.').map(str::to_owned).collect()
 }
 
 fn at<'a>(root: &'a Value, path: &[String]) -> Option<&'a Value> {
@@ -376,10 +511,6 @@ fn take(root: &mut Value, path: &[String]) -> bool {
 /// A tree on its way to become a value.
 struct Reading {
     tree: Tree,
-    /// What was taken out, as paths of the whole tree.
-    taken: Vec<Vec<String>>,
-    /// Those of them without which a check may go wrong. An unknown key leaves no hole.
-    holes: Vec<Vec<String>>,
 }
 
 impl Reading {
@@ -410,8 +541,8 @@ impl Reading {
         // From the end, so that the items before keep their numbers.
         for path in found.into_iter().rev() {
             take(&mut self.tree.pruned, &path);
-            self.taken.push(path.clone());
-            self.holes.push(path);
+            self.tree.taken.push(path.clone());
+            self.tree.holes.push(path);
         }
     }
 
@@ -432,64 +563,34 @@ impl Reading {
                         path.push(name.clone());
                     }
                     leaves_a_hole = false;
-                    problems.add(self.original(&path).join("."), format!("is no key here: {}", choose(name, valid)));
+                    problems
+                        .add(self.tree.original(&path).join("."), format!("is no key here: {}", choose(name, valid)));
                 }
                 Kind::MissingField(name) => {
-                    let mut missing = self.original(&path);
+                    let mut missing = self.tree.original(&path);
                     missing.push(name.to_string());
                     // What was wrong has been told, and is missing only because it was taken out.
-                    if !self.taken.contains(&missing) {
-                        let place = self.original(&path);
+                    if !self.tree.taken.contains(&missing) {
+                        let place = self.tree.original(&path);
                         problems.add(place.join("."), format!("`{name}` is missing"));
                     }
                 }
-                kind => problems.add(self.original(&path).join("."), explain(kind)),
+                kind => problems.add(self.tree.original(&path).join("."), explain(kind)),
             }
             while !path.is_empty() && at(&self.tree.pruned, &path).is_none() {
                 path.pop();
             }
-            let original = self.original(&path);
+            let original = self.tree.original(&path);
             if !take(&mut self.tree.pruned, &path) {
                 return None;
             }
             if leaves_a_hole {
-                self.holes.push(original.clone());
+                self.tree.holes.push(original.clone());
             }
-            self.taken.push(original);
+            self.tree.taken.push(original);
         }
         problems.add("", format!("there are more mistakes than these {}", problems.len()));
         None
-    }
-
-    /// The path in the whole tree of what stands at `path` in the pruned one: items of lists have moved up.
-    fn original(&self, path: &[String]) -> Vec<String> {
-        let mut original: Vec<String> = Vec::with_capacity(path.len());
-        for key in path {
-            let list = matches!(at(&self.tree.whole, &original), Some(Value::Array(..)));
-            original.push(match key.parse::<usize>() {
-                Ok(mut n) if list => {
-                    let taken = self.taken.iter().filter_map(|taken| match taken.split_last() {
-                        Some((n, above)) if above == original => n.parse::<usize>().ok(),
-                        _ => None,
-                    });
-                    let mut taken: Vec<_> = taken.collect();
-                    taken.sort_unstable();
-                    for gone in taken {
-                        if gone <= n {
-                            n += 1;
-                        }
-                    }
-                    n.to_string()
-                }
-                _ => key.clone(),
-            });
-        }
-        original
-    }
-
-    /// Whether something at, above or below `path` could not be read.
-    fn is_about_a_hole(&self, path: &[String]) -> bool {
-        self.holes.iter().any(|hole| hole.starts_with(path) || path.starts_with(hole))
     }
 }
 
@@ -534,7 +635,14 @@ fn explain(kind: &Kind) -> String {
 }
 
 /// An expectation of serde's without Rust's names for things.
-fn wanted(expected: &str) -> &str {
+fn wanted(expected: &str) -> String {
+    match expected.strip_prefix(OR_OFF) {
+        Some(other) => format!("{OR_OFF}{}", in_words(other)),
+        None => in_words(expected).to_owned(),
+    }
+}
+
+fn in_words(expected: &str) -> &str {
     match expected {
         "u8" => "a whole number from 0 to 255",
         "u16" => "a whole number from 0 to 65535",
@@ -701,7 +809,8 @@ mod tests {
     #[test]
     fn a_file_that_cannot_be_read_is_one_mistake() {
         assert!(load("threads: [").unwrap_err().starts_with("a.yaml: is not YAML: "));
-        assert!(load("threads: 1\nthreads: 2").unwrap_err().contains("the key `threads` stands twice"));
+        assert_eq!(load("").unwrap(), load("{}").unwrap());
+        assert!(load("log: !a {level: x}").unwrap_err().contains("a tag (`!name`) means nothing here"));
         assert_eq!(load("- a").unwrap_err(), "a.yaml: must have keys and values at its top");
         assert_eq!(load("threads:").unwrap_err(), "a.yaml: threads: has no value: give it one, or leave the key out");
         let sources = Sources { file: Some("/not/there.yaml".into()), ..Sources::default() };
@@ -712,6 +821,42 @@ mod tests {
             toml.starts_with("a.toml: is not TOML: TOML parse error at line 1") && !toml.contains("hush"),
             "{toml}"
         );
+    }
+
+    #[test]
+    fn a_key_that_stands_twice_is_one_mistake_of_several() {
+        let text = "
+            threads: 1
+            threads: 2
+            log: {level: 7}
+            routes: [{upstream: a, weight: 10}, {upstream: a, upstream: b, weight: 10}]";
+        let lines = "a.yaml: threads: stands twice: keep one of them\n\
+            a.yaml: routes.1.upstream: stands twice: keep one of them\n\
+            a.yaml: log.level: must be text, not a number";
+        assert_eq!(load(text).unwrap_err(), lines);
+    }
+
+    #[test]
+    fn a_merge_key_gives_what_is_not_given() {
+        let merged =
+            load("routes: [&a {upstream: a, weight: 10}, {<<: *a, upstream: b}, {<<: [{weight: 11}, *a]}]").unwrap();
+        let route = |upstream: &str, weight| Route { upstream: upstream.to_owned(), weight: Some(weight) };
+        assert_eq!(merged.routes, [route("a", 10), route("b", 10), route("a", 11)]);
+        assert!(load("routes: [{<<: a}]").unwrap_err().contains("`<<` takes a section or a list of sections"));
+    }
+
+    #[test]
+    fn keys_and_numbers_are_read_as_they_stand() {
+        assert_eq!(load("1: x").unwrap_err().split(": ").nth(1), Some("1"));
+        assert_eq!(
+            load("threads: 99999999999999999999999").unwrap_err(),
+            "a.yaml: threads: must be a whole number from 1 to 65535, not a fraction"
+        );
+        for secret in ["0123", "+5", "1e5", "nan", "1_0", "-0"] {
+            assert_eq!(variable_value(secret), Value::from(secret), "{secret}");
+        }
+        assert_eq!(variable_value("12").to_u128(), Some(12));
+        assert_eq!(variable_value("-12").to_i128(), Some(-12));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Who starts a proxy wants to hear of all mistakes at once, each with its key and what would be right.
 
-use std::{error::Error, fmt};
+use std::{error::Error, fmt, fs::File, io::Read, path::Path};
 
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -120,6 +120,18 @@ impl fmt::Display for Problems {
 }
 
 impl Error for Problems {}
+
+/// Adds a mistake at `key` where the file at `path` cannot be read.
+///
+/// Returns whether it can.
+pub fn check_readable(key: &str, path: &Path, problems: &mut Problems) -> bool {
+    // A directory can be opened, and only then does not read.
+    let read = File::open(path).and_then(|mut file| file.read(&mut [0]));
+    if let Err(error) = &read {
+        problems.add(key, format!("`{}` cannot be read: {error}", path.display()));
+    }
+    read.is_ok()
+}
 
 /// What the type of a value cannot say: rules between fields, bounds, names that must exist.
 pub trait Check {

@@ -10,7 +10,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
     de::{
-        Error, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
+        Error, Expected, IntoDeserializer, MapAccess, SeqAccess, Unexpected, Visitor,
         value::{MapAccessDeserializer, SeqAccessDeserializer},
     },
 };
@@ -61,6 +61,9 @@ impl HumanDuration {
         self.0.is_zero()
     }
 }
+
+/// What stands before the expectation of what may also be off.
+pub(super) const OR_OFF: &str = "`off` or ";
 
 const DURATIONS: &str = "a number with its unit, as in `250ms`, `30s`, `5m`, `1h` or `1d`";
 
@@ -136,6 +139,9 @@ impl<'de> Deserialize<'de> for HumanDuration {
 
             /// TOML's integers are signed.
             fn visit_i64<E: Error>(self, number: i64) -> Result<HumanDuration, E> {
+                if number < 0 {
+                    return Err(E::invalid_value(Unexpected::Signed(number), &self));
+                }
                 Err(E::custom(unitless(number)))
             }
         }
@@ -385,23 +391,23 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Toggle<T> {
 
             /// YAML 1.1 reads a bare `off` as false; YAML 1.2, like the reader in use, as text.
             fn visit_bool<E: Error>(self, on: bool) -> Result<Self::Value, E> {
-                if on { T::deserialize(on.into_deserializer()).map(Toggle::On) } else { Ok(Toggle::Off) }
+                if on { read_or_off(on, Unexpected::Bool(on)) } else { Ok(Toggle::Off) }
             }
 
             fn visit_str<E: Error>(self, text: &str) -> Result<Self::Value, E> {
-                if text == "off" { Ok(Toggle::Off) } else { T::deserialize(text.into_deserializer()).map(Toggle::On) }
+                if text == "off" { Ok(Toggle::Off) } else { read_or_off(text, Unexpected::Str(text)) }
             }
 
             fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
-                T::deserialize(number.into_deserializer()).map(Toggle::On)
+                read_or_off(number, Unexpected::Unsigned(number))
             }
 
             fn visit_i64<E: Error>(self, number: i64) -> Result<Self::Value, E> {
-                T::deserialize(number.into_deserializer()).map(Toggle::On)
+                read_or_off(number, Unexpected::Signed(number))
             }
 
             fn visit_f64<E: Error>(self, number: f64) -> Result<Self::Value, E> {
-                T::deserialize(number.into_deserializer()).map(Toggle::On)
+                read_or_off(number, Unexpected::Float(number))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
@@ -414,6 +420,51 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Toggle<T> {
         }
 
         from.deserialize_any(OffOr(PhantomData))
+    }
+}
+
+/// What a `T` makes of a single value, or what it wants, with `off` as one more choice.
+fn read_or_off<'de, T, V, E>(value: V, found: Unexpected<'_>) -> Result<Toggle<T>, E>
+where
+    T: Deserialize<'de>,
+    V: IntoDeserializer<'de, Refused>,
+    E: Error,
+{
+    T::deserialize(value.into_deserializer()).map(Toggle::On).map_err(|refused| match refused {
+        Refused::Type(expected) => E::invalid_type(found, &&*format!("{OR_OFF}{expected}")),
+        Refused::Value(expected) => E::invalid_value(found, &&*format!("{OR_OFF}{expected}")),
+        Refused::Otherwise(message) => E::custom(message),
+    })
+}
+
+/// Why a `T` did not take a value.
+#[derive(Debug)]
+enum Refused {
+    Type(String),
+    Value(String),
+    Otherwise(String),
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Type(text) | Self::Value(text) | Self::Otherwise(text)) = self;
+        f.write_str(text)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl Error for Refused {
+    fn custom<M: fmt::Display>(message: M) -> Self {
+        Self::Otherwise(message.to_string())
+    }
+
+    fn invalid_type(_: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Self::Type(expected.to_string())
+    }
+
+    fn invalid_value(_: Unexpected<'_>, expected: &dyn Expected) -> Self {
+        Self::Value(expected.to_string())
     }
 }
 

@@ -27,7 +27,10 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tracing::{info, warn};
 
 use super::connection::Socket;
-use crate::message::BoxError;
+use crate::{
+    config::problem::{Check, Problems, check_readable},
+    message::BoxError,
+};
 
 /// How often the files are looked at.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
@@ -41,6 +44,22 @@ pub struct Config {
     pub certificate: PathBuf,
     /// Its private key, PEM: PKCS#8, PKCS#1 or SEC1. Read again when it changes.
     pub key: PathBuf,
+}
+
+impl Check for Config {
+    fn check(&self, problems: &mut Problems) {
+        let files = [("certificate", &self.certificate), ("key", &self.key)];
+        let readable = files.map(|(key, file)| check_readable(key, file, problems));
+        if readable != [true, true] {
+            return;
+        }
+        let provider = Arc::new(ring::default_provider());
+        let Ok(ticketer) = ring::Ticketer::new() else { return };
+        if let Err(unusable) = Pems::read(self).and_then(|pems| pems.into_config(self, &provider, &ticketer)) {
+            let key = if unusable.file == self.certificate { "certificate" } else { "key" };
+            problems.add(key, unusable.to_string());
+        }
+    }
 }
 
 /// The TLS side of a listener.

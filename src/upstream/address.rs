@@ -69,6 +69,10 @@ impl FromStr for Address {
         let port = match authority.port() {
             Some(port) => port.as_u16(),
             None if authority.as_str().ends_with(':') => return Err(format!("`{text}` has no port after its `:`")),
+            // `Authority` takes any digits for a port, and then has none.
+            None if authority.as_str().len() > authority.host().len() => {
+                return Err(format!("`{text}` has no port from 1 to 65535 after its `:`"));
+            }
             None => 80 + 363 * u16::from(tls),
         };
         if port == 0 {
@@ -117,9 +121,18 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_said_without_the_password() {
-        for wrong in
-            ["", "backend:80", "ftp://a", "http://", "http://a/b", "http://a?b", "http://a:0", "http://a:", "unix:a"]
-        {
+        for wrong in [
+            "",
+            "backend:80",
+            "ftp://a",
+            "http://",
+            "http://a/b",
+            "http://a?b",
+            "http://a:0",
+            "http://a:99999",
+            "http://a:",
+            "unix:a",
+        ] {
             assert!(wrong.parse::<Address>().is_err(), "{wrong}");
         }
         let error = "http://me:secret@a".parse::<Address>().unwrap_err();

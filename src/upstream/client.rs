@@ -55,7 +55,10 @@ use super::{
     upload::{Progress, Upload},
 };
 use crate::{
-    config::{HumanDuration, Toggle},
+    config::{
+        HumanDuration, Toggle,
+        problem::{Check, Problems, check_readable},
+    },
     message::{Body, BoxError, Error, Kind, Request, TunnelIdle, headers::X_ACCEL_BUFFERING},
     telemetry::{Exchange, Metrics, log::chain, metrics::EndpointMetrics},
 };
@@ -133,6 +136,17 @@ impl JsonSchema for Host {
 pub struct Tls {
     /// A PEM file with the certificates to trust. Default: the system's roots.
     pub ca: Option<std::path::PathBuf>,
+}
+
+impl Check for Tls {
+    fn check(&self, problems: &mut Problems) {
+        if let Some(ca) = &self.ca
+            && check_readable("ca", ca, problems)
+            && let Err(error) = connect::tls(Some(ca), b"")
+        {
+            problems.add("ca", format!("no usable certificate in {error}"));
+        }
+    }
 }
 
 /// Which connections are kept open. Section `pool` of an upstream.

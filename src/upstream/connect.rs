@@ -92,7 +92,10 @@ pub(super) fn tls(ca: Option<&std::path::Path>, protocol: &[u8]) -> Result<Clien
     if let Some(path) = ca {
         let named = |error: &dyn std::fmt::Display| io::Error::other(format!("{}: {error}", path.display()));
         for certificate in CertificateDer::pem_file_iter(path).map_err(|error| named(&error))? {
-            roots.add(certificate.map_err(|error| named(&error))?)?;
+            roots.add(certificate.map_err(|error| named(&error))?).map_err(|error| named(&error))?;
+        }
+        if roots.is_empty() {
+            return Err(named(&"no PEM section `CERTIFICATE`").into());
         }
     } else {
         // Some of a system's roots are often odd; what matters is that others are not.

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::TcpStream,
+    net::{TcpListener, TcpStream},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -60,4 +60,20 @@ fn the_demo_streams_tokens_and_ends_on_ctrl_c() {
 
     kill_process(Pid::from_child(&demo.0), Signal::INT).unwrap();
     assert_eq!(demo.0.wait().unwrap().code(), Some(0), "{:?}", lines.collect::<Vec<_>>());
+}
+
+#[test]
+fn a_port_that_was_asked_for_and_is_taken_is_told_with_its_option() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    for (option, other) in [("--listen", "--admin"), ("--admin", "--listen")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sidegate"));
+        let output = command.args(["demo", option, &address, other, "127.0.0.1:0"]).env_clear().output().unwrap();
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{output:?}");
+        let expected = format!(
+            "sidegate: cannot listen on {address}: Address already in use (os error 98): choose another address with \
+             `{option}`, or leave it out\n"
+        );
+        assert_eq!(String::from_utf8(output.stderr).unwrap(), expected);
+    }
 }
