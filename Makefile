@@ -31,4 +31,4 @@ fmt: ## formats the code
 bench: ## this proxy beside nginx and HAProxy, one after the other on this machine
 	@scripts/setup bench
 	cargo build --release
-	python3 benches/compare/bench.py
+	benches/compare/run
