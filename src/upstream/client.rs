@@ -353,9 +353,14 @@ impl Client {
             response.headers_mut().entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
         }
         if let Some(upgrade) = upgrade
-            && accepted(&response)
+            && upgrade.accepted(&response)
         {
             return Ok(upgrade.tunnel(response, lease));
+        }
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            // Not asked for, or to something else. What follows is no HTTP: the connection must neither be read
+            // on nor go back to its pool.
+            return Err(Error::new(Kind::UpstreamReset, "a switch of protocols that was not asked for"));
         }
         // The version is that of one hop (RFC 9110 §6.2), and what hyper's server answers with.
         *response.version_mut() = Version::HTTP_11;
@@ -719,6 +724,8 @@ struct Upgrade {
     client: OnUpgrade,
     /// The client asked by extended `CONNECT`, and the upstream by `Upgrade`.
     translated: bool,
+    /// What the upstream is asked to switch to by `Upgrade`.
+    asked: Option<HeaderValue>,
     exchange: Option<Exchange>,
     idle: Option<Duration>,
 }
@@ -742,7 +749,19 @@ impl Upgrade {
             }
             Protocol::Http1 | Protocol::Http2 => {}
         }
-        Some(Self { client, translated: extended && protocol == Protocol::Http1, exchange, idle })
+        let asked = request.headers().get(UPGRADE).cloned();
+        Some(Self { client, translated: extended && protocol == Protocol::Http1, asked, exchange, idle })
+    }
+
+    /// Whether the upstream has changed to the protocol that it was asked for, and to no other.
+    fn accepted(&self, response: &http::Response<Incoming>) -> bool {
+        if response.version() == Version::HTTP_2 {
+            return response.status().is_success();
+        }
+        let same =
+            |(asked, chosen): (&HeaderValue, &HeaderValue)| asked.as_bytes().eq_ignore_ascii_case(chosen.as_bytes());
+        response.status() == StatusCode::SWITCHING_PROTOCOLS
+            && self.asked.as_ref().zip(response.headers().get(UPGRADE)).is_some_and(same)
     }
 
     fn tunnel(self, mut response: http::Response<Incoming>, mut lease: Lease) -> http::Response<ResponseBody> {
@@ -765,15 +784,6 @@ impl Upgrade {
             }
         }
         response.map(|_| ResponseBody { body: Flow::Nothing })
-    }
-}
-
-/// Whether the upstream has changed to the protocol that it was asked for.
-fn accepted(response: &http::Response<Incoming>) -> bool {
-    if response.version() == Version::HTTP_2 {
-        response.status().is_success()
-    } else {
-        response.status() == StatusCode::SWITCHING_PROTOCOLS
     }
 }
 

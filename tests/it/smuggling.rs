@@ -312,6 +312,30 @@ async fn bytes_behind_an_upgrade_wait_for_the_101() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_switch_that_nobody_asked_for_is_an_upstreams_failure() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    for (request, answer) in [
+        ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", "HTTP/1.1 101 Switching Protocols\r\n\r\n"),
+        (
+            "GET / HTTP/1.1\r\nhost: a\r\n\r\n",
+            "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n",
+        ),
+        (UPGRADE, "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: other\r\n\r\n"),
+        (UPGRADE, "HTTP/1.1 101 Switching Protocols\r\n\r\n"),
+    ] {
+        let mut client = proxy.connect().await;
+        client.send(request).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(format!("{answer}HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\nsmuggled")).await;
+        let answer = client.answer().await;
+        assert_eq!(answer.status(), 502, "{request}");
+        assert_eq!(answer.json()["type"], "urn:sidegate:problem:upstream-reset");
+        upstream.rest().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_nested_http_is_not_upgraded_to() {
     let backend = Recorder::ok().await;
     let proxy = Proxy::before(&backend.url(), "").await;
