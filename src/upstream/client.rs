@@ -24,7 +24,8 @@ use futures_util::FutureExt;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
     header::{
-        CONNECTION, CONTENT_TYPE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING, UPGRADE,
+        CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING,
+        UPGRADE,
     },
     uri::{Authority, PathAndQuery, Scheme},
 };
@@ -493,6 +494,9 @@ impl Endpoint {
         let path = request.uri().path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         match self.protocol {
             Protocol::Http1 => {
+                if request.version() == Version::HTTP_2 {
+                    join_cookies(request.headers_mut());
+                }
                 *request.version_mut() = Version::HTTP_11;
                 let framed = request.body().is_end_stream() || request.body().size_hint().exact().is_some();
                 let headers = request.headers_mut();
@@ -542,6 +546,16 @@ fn track(request: &mut Request) -> Option<Arc<Progress>> {
         });
     }
     Some(progress)
+}
+
+/// Puts the crumbs into which HTTP/2 clients break their cookies together: HTTP/1.1 has one `Cookie` field
+/// (RFC 9113 §8.2.3), and many a backend reads the first only.
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes);
+    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
+    let joined = [first, second].into_iter().chain(crumbs).collect::<Vec<_>>().join(&b"; "[..]);
+    let joined = HeaderValue::from_maybe_shared(Bytes::from(joined)).expect("what is joined of values is a value");
+    headers.insert(COOKIE, joined);
 }
 
 /// Whether a request may be sent again although its first copy was written (RFC 9110 §9.2.2).

@@ -116,6 +116,30 @@ async fn repeated_fields_keep_their_order_and_values_their_bytes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_crumbs_of_an_http2_clients_cookies_are_one_field_for_http1() {
+    let recorder = Recorder::ok().await;
+    let proxy = Proxy::before(&recorder.url(), "").await;
+    let crumbs = || {
+        let request = Request::get("http://sidegate.test/").header("cookie", "a=1").header("cookie", "b=2; c=3");
+        request.header("cookie", "d=4").body(()).unwrap()
+    };
+    assert_eq!(Http2Client::to(proxy.address()).await.ask(crumbs()).await.status(), 200);
+    assert_eq!(recorder.only().head.get("cookie"), Some("a=1; b=2; c=3; d=4"));
+
+    // Between two HTTP/2 connections they may stay as they are.
+    let backend = Http2Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), HTTP2_UPSTREAM).await;
+    let client = Http2Client::to(proxy.address()).await;
+    let asked = async {
+        let exchange = backend.next().await;
+        let cookies: Vec<_> = exchange.request.headers().get_all("cookie").iter().cloned().collect();
+        exchange.answer(Response::new(())).finish();
+        cookies
+    };
+    assert_eq!(tokio::join!(client.ask(crumbs()), asked).1, ["a=1", "b=2; c=3", "d=4"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn fields_of_one_hop_are_gone_both_ways() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), "").await;
