@@ -4,7 +4,7 @@ use std::{borrow::Cow, cmp::Ordering};
 
 use http::{HeaderName, HeaderValue, Method};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, de::Error};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 /// The name of a header field (RFC 9110 §5.1), in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -117,6 +117,12 @@ impl<'de> Deserialize<'de> for FieldValue {
 enum Text {
     Text(String),
     Number(i64),
+}
+
+impl Serialize for FieldName {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.0.as_str())
+    }
 }
 
 impl JsonSchema for FieldName {

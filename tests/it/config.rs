@@ -87,6 +87,42 @@ fn the_environment_answers_for_what_it_says() {
 }
 
 #[test]
+fn the_environment_mends_what_a_file_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("f.yaml");
+    let wrong =
+        "upstreams: {api: {endpoints: [http://127.0.0.1:8000]}}\nlog: {level: loud}\nadmin: {token: {env: NOT_SET}}";
+    fs::write(&file, wrong).unwrap();
+    let check = |set: &[(&str, &str)]| sidegate(&["check", file.to_str().unwrap()], set).status.code();
+    assert_eq!(check(&[]), Some(78));
+    let set = [("SIDEGATE_LOG__LEVEL", "debug"), ("SIDEGATE_ADMIN", "off")];
+    assert_eq!(check(&set), Some(0));
+    assert_eq!(check(&[set[0]]), Some(78), "one of two mistakes is left");
+    // A section in the environment replaces `off` of a file, and the other way round.
+    fs::write(&file, "upstreams: {api: {endpoints: [http://127.0.0.1:8000]}}\nadmin: off").unwrap();
+    assert_eq!(
+        check(&[("SIDEGATE_ADMIN__LISTEN", "127.0.0.1:9091"), ("SIDEGATE_LISTEN", r#"["[::]:80", 127.0.0.1:81]"#)]),
+        Some(0)
+    );
+}
+
+#[test]
+fn what_may_be_off_takes_off() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("f.yaml");
+    let text = "
+        admin: off
+        upstreams: {api: {endpoints: [http://127.0.0.1:8000], pool: {idle: off}}}
+        defaults:
+          security_headers: off
+          body_limit: off
+          timeouts: {client_body_idle: off, first_byte: off, idle: off, total: off}
+        routes: [{upstream: api, security_headers: off, timeouts: off, body_limit: off}]";
+    fs::write(&file, text).unwrap();
+    assert_eq!(sidegate(&["check", file.to_str().unwrap()], &[]).status.code(), Some(0));
+}
+
+#[test]
 fn the_command_line_answers_for_what_it_says() {
     let arguments = ["--upstream", "127.0.0.1:8000", "--listen", "8080", "--admin", "on"];
     let output = sidegate(&arguments, &[]);
