@@ -30,7 +30,7 @@ const BAD_USAGE: u8 = 64;
 const BAD_CONFIG: u8 = 78;
 
 const BACKEND: &str = "The backend: http://HOST[:PORT], https://HOST[:PORT] or unix:/PATH";
-const LISTEN: &str = "Where to listen: ADDRESS:PORT or unix:/PATH [default: 0.0.0.0:8080]";
+const LISTEN: &str = "Where to listen: ADDRESS:PORT or unix:/PATH [default: the file's, else 0.0.0.0:8080]";
 const AFTER_HELP: &str = "\
 Examples:
   sidegate demo                                         a streaming backend, sidegate before it, and what to try
@@ -92,7 +92,7 @@ struct Quick {
 struct Ports {
     #[arg(long, value_name = "ADDRESS", help = LISTEN)]
     listen: Option<String>,
-    /// Where health, metrics and configuration are, or `off` [default: 127.0.0.1:9090]
+    /// Where health, metrics and configuration are, or `off` [default: the file's, else 127.0.0.1:9090]
     #[arg(long, value_name = "ADDRESS|off")]
     admin: Option<String>,
 }
