@@ -119,6 +119,7 @@ async fn a_101_to_another_protocol_than_the_one_asked_for_is_a_502() {
     let (mut upstream, _) = backend.accept_head().await;
     upstream.send("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n").await;
     assert_eq!(client.answer().await.status(), 502);
+    upstream.ended().await;
 }
 
 /// An extended CONNECT (RFC 8441) to `/chat`.
