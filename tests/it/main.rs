@@ -1,6 +1,5 @@
 //! End-to-end tests: the real binary between real sockets. See `harness` for what they stand on.
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used, clippy::disallowed_methods, reason = "these are tests")]
-#![allow(dead_code, reason = "the files that use the rest of the harness follow")]
 #![allow(clippy::missing_panics_doc, clippy::must_use_candidate, reason = "nobody else calls these")]
 
 mod harness;

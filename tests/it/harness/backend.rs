@@ -256,11 +256,6 @@ impl BodySender {
         assert!(self.frame(Frame::data(data.into())).await, "the reader of the body is there");
     }
 
-    /// Sends data; whether anybody still reads it.
-    pub async fn try_data(&self, data: impl Into<Bytes>) -> bool {
-        self.frame(Frame::data(data.into())).await
-    }
-
     pub async fn trailers(self, trailers: HeaderMap) {
         assert!(self.frame(Frame::trailers(trailers)).await);
         self.finish();

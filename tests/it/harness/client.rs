@@ -102,11 +102,9 @@ pub struct RawFrame {
     pub payload: Vec<u8>,
 }
 
-pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
 pub const RST_STREAM: u8 = 3;
 pub const GOAWAY: u8 = 7;
-pub const END_STREAM: u8 = 1;
 
 impl RawHttp2 {
     pub async fn to(address: SocketAddr) -> Self {

@@ -12,7 +12,6 @@ use std::{future::Future, time::Duration};
 
 pub use backend::Backend;
 pub use proxy::Proxy;
-#[allow(unused_imports, reason = "the tests that use it follow")]
 pub use python::Fastapi;
 pub use wire::{Ending, Head, Message, Wire};
 

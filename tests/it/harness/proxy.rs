@@ -122,12 +122,6 @@ impl Proxy {
         self.line("admin listening").await["address"].as_str().unwrap().parse().unwrap()
     }
 
-    /// Where the listener number `index` is.
-    pub async fn listener(&self, index: usize) -> SocketAddr {
-        let line = self.log.find("a listener", |line| line["msg"] == "listening", index).await;
-        line["address"].as_str().unwrap().parse().expect("a TCP address")
-    }
-
     /// Asks the first listener, over a connection of its own.
     pub async fn ask(&self, request: impl AsRef<[u8]>) -> Message {
         Wire::ask(self.address(), request).await
@@ -173,18 +167,18 @@ impl Proxy {
 
     /// The first log line with this `msg`.
     pub async fn line(&self, msg: &str) -> Value {
-        self.log.find(msg, |line| line["msg"] == msg, 0).await
+        self.log.find(msg, |line| line["msg"] == msg).await
     }
 
     /// The first log line with this `msg` that meets `condition`.
     pub async fn line_where(&self, msg: &str, condition: impl Fn(&Value) -> bool) -> Value {
-        self.log.find(msg, |line| line["msg"] == msg && condition(line), 0).await
+        self.log.find(msg, |line| line["msg"] == msg && condition(line)).await
     }
 
     /// The access line of a request, which is written when its response has ended.
     pub async fn access_line(&self, request_id: &str) -> Value {
         let is = |line: &Value| line["request_id"] == request_id && !line["duration_ms"].is_null();
-        self.log.find(&format!("the access line of {request_id}"), is, 0).await
+        self.log.find(&format!("the access line of {request_id}"), is).await
     }
 
     /// Everything that was logged so far.
@@ -245,22 +239,19 @@ impl Drop for Proxy {
 }
 
 impl Log {
-    async fn find(&self, what: &str, is: impl Fn(&Value) -> bool, skip: usize) -> Value {
+    async fn find(&self, what: &str, is: impl Fn(&Value) -> bool) -> Value {
         let mut count = self.count.clone();
         let mut looked_at = 0;
-        let mut skip = skip;
         within(what, async {
             loop {
                 let now = *count.borrow_and_update();
                 while looked_at < now {
                     let line = self.lines.lock().unwrap()[looked_at].clone();
                     looked_at += 1;
-                    let Ok(line) = serde_json::from_str(&line) else { continue };
-                    if is(&line) {
-                        if skip == 0 {
-                            return line;
-                        }
-                        skip -= 1;
+                    if let Ok(line) = serde_json::from_str(&line)
+                        && is(&line)
+                    {
+                        return line;
                     }
                 }
                 if count.changed().await.is_err() && *count.borrow() == looked_at {

@@ -71,21 +71,11 @@ impl Wire {
             self.stream.set_zero_linger().unwrap();
         }
     }
-
-    pub fn local(&self) -> SocketAddr {
-        self.stream.local_addr().unwrap()
-    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Wire<S> {
     pub fn new(stream: S) -> Self {
         Self { stream, unread: Vec::new() }
-    }
-
-    /// The stream; whatever arrived must have been read.
-    pub fn into_stream(self) -> S {
-        assert!(self.unread.is_empty(), "unread: {}", text(&self.unread));
-        self.stream
     }
 
     pub async fn send(&mut self, bytes: impl AsRef<[u8]>) {
