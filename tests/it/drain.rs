@@ -135,3 +135,22 @@ async fn a_response_during_the_drain_says_that_the_connection_closes() {
     assert_eq!((answer.status(), answer.head.get("connection")), (200, Some("close")));
     client.ended().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_may_go_on_to_the_end_of_the_drain_and_no_longer() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "drain: { timeout: 500ms }").await;
+    let mut client = proxy.connect().await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n").await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n").await;
+    assert_eq!(client.head().await.status(), 101);
+    proxy.signal(Signal::TERM);
+    proxy.line("draining").await;
+    client.send("still").await;
+    assert_eq!(upstream.exactly(5).await, b"still");
+    client.ended().await;
+    upstream.ended().await;
+    let (status, log) = proxy.exit().await;
+    assert!(status.success(), "{status}: {log}");
+}

@@ -4,10 +4,7 @@
 use std::{fs, path::Path, sync::Arc};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    net::{TcpListener, TcpStream, UnixListener, UnixStream},
-};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio_rustls::{
     TlsAcceptor, TlsConnector,
     client::TlsStream,
@@ -16,11 +13,12 @@ use tokio_rustls::{
         crypto::ring,
         pki_types::{CertificateDer, PrivateKeyDer, ServerName},
     },
+    server,
 };
 
 use crate::harness::{
     Backend, Ending, Proxy, Wire,
-    backend::Recorder,
+    backend::{Http2Backend, Recorder},
     client::{self, Http2Client},
     eventually, within,
 };
@@ -132,6 +130,18 @@ async fn pipelined_requests_are_answered_in_their_order() {
     upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n2").await;
     assert_eq!((first.target(), second.target()), ("/1", "/2"));
     assert_eq!((client.answer().await.text(), client.answer().await.text()), ("1".to_owned(), "2".to_owned()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_wants_no_other_answer_gets_none() {
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let mut client = proxy.connect().await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status(), answer.head.get("connection")), (200, Some("close")));
+    assert_eq!(client.ended().await, Ending::Fin);
+    assert_eq!(backend.only().head.get("connection"), None, "the upstream's connection is another one");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -376,19 +386,21 @@ async fn a_new_certificate_is_taken_and_a_broken_one_is_not() {
     assert_eq!(kept.answer().await.status(), 200, "open connections go on");
 }
 
-/// The backend's end of a connection from the proxy over TLS.
+/// The backend's end of a connection from the proxy over TLS, which speaks `alpn` if anything.
 async fn accept_tls(
     listener: &TcpListener,
     certificate: &Certificate,
-) -> std::io::Result<Wire<impl AsyncRead + AsyncWrite>> {
-    let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    alpn: &[&str],
+) -> std::io::Result<server::TlsStream<TcpStream>> {
+    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der.clone()], certificate.key_der.clone_key())
         .unwrap();
+    config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     let (stream, _) = within("a connection from the proxy", listener.accept()).await.unwrap();
-    Ok(Wire::new(within("the TLS handshake", TlsAcceptor::from(Arc::new(config)).accept(stream)).await?))
+    within("the TLS handshake", TlsAcceptor::from(Arc::new(config)).accept(stream)).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -407,7 +419,7 @@ async fn an_https_upstream_is_believed_by_its_ca_file_and_by_nothing_else() {
 
     let mut client = proxy.connect().await;
     client.send(GET).await;
-    let mut upstream = accept_tls(&listener, &trusted).await.unwrap();
+    let mut upstream = Wire::new(accept_tls(&listener, &trusted, &[]).await.unwrap());
     let head = upstream.head().await;
     assert_eq!(head.get("host"), Some(&*format!("localhost:{port}")), "the endpoint's own name");
     // No keep-alive: the next request must shake hands anew.
@@ -415,9 +427,44 @@ async fn an_https_upstream_is_believed_by_its_ca_file_and_by_nothing_else() {
     assert_eq!(client.answer().await.text(), "ok");
 
     client.send(GET).await;
-    assert!(accept_tls(&listener, &other).await.is_err(), "the proxy refuses the certificate");
+    assert!(accept_tls(&listener, &other, &[]).await.is_err(), "the proxy refuses the certificate");
     let answer = client.answer().await;
     assert_eq!((answer.status(), &answer.json()["type"]), (502, &"urn:sidegate:problem:connect-failed".into()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_to_an_https_upstream_is_agreed_on_in_the_handshake() {
+    let directory = tempfile::tempdir().unwrap();
+    let certificate = certificate();
+    certificate.write(directory.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let ca = directory.path().join("certificate.pem");
+    let file = format!(
+        "upstreams: {{ api: {{ endpoints: [\"https://localhost:{port}\"], protocol: http2, tls: {{ ca: {} }} }} }}",
+        ca.display()
+    );
+    let proxy = Proxy::start(&file).await;
+
+    let mut client = proxy.connect().await;
+    client.send(GET).await;
+    // One that does not agree to HTTP/2 is not talked to in it.
+    let refused = accept_tls(&listener, &certificate, &["http/1.1"]).await;
+    let answer = client.answer().await;
+    assert_eq!((answer.status(), &answer.json()["type"]), (502, &"urn:sidegate:problem:connect-failed".into()));
+    drop(refused);
+
+    client.send(GET).await;
+    let stream = accept_tls(&listener, &certificate, &["h2"]).await.unwrap();
+    assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+    let backend = Http2Backend::over(stream);
+    let exchange = backend.next().await;
+    assert_eq!(exchange.request.uri().scheme_str(), Some("https"));
+    assert_eq!(exchange.request.uri().authority().unwrap().as_str(), format!("localhost:{port}"));
+    let body = exchange.answer(http::Response::new(()));
+    body.data("over HTTP/2").await;
+    body.finish();
+    assert_eq!(client.answer().await.text(), "over HTTP/2");
 }
 
 // The pool.

@@ -15,6 +15,7 @@ use http_body::{Body, Frame};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpListener,
     sync::{mpsc, oneshot},
     task::JoinSet,
@@ -167,7 +168,7 @@ impl Recorder {
 
 /// A backend over HTTP/2 without TLS, extended CONNECT included. The test answers each request.
 pub struct Http2Backend {
-    address: SocketAddr,
+    address: Option<SocketAddr>,
     exchanges: tokio::sync::Mutex<mpsc::UnboundedReceiver<Exchange>>,
     _tasks: JoinSet<()>,
 }
@@ -188,31 +189,40 @@ impl Http2Backend {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 stream.set_nodelay(true).unwrap();
-                let found = found.clone();
-                let service = service_fn(move |request| {
-                    let (answer, answered) = oneshot::channel();
-                    found.send(Exchange { request, answer }).ok();
-                    async move {
-                        match answered.await {
-                            Ok(response) => Ok::<_, Infallible>(response),
-                            Err(_) => std::future::pending().await,
-                        }
-                    }
-                });
-                connections.spawn(async move {
-                    hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-                        .enable_connect_protocol()
-                        .serve_connection(TokioIo::new(stream), service)
-                        .await
-                        .ok();
-                });
+                connections.spawn(Self::serve(stream, found.clone()));
             }
         });
-        Self { address, exchanges: tokio::sync::Mutex::new(exchanges), _tasks: tasks }
+        Self { address: Some(address), exchanges: tokio::sync::Mutex::new(exchanges), _tasks: tasks }
+    }
+
+    /// Serves one connection that the test has accepted itself.
+    pub fn over(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> Self {
+        let (found, exchanges) = mpsc::unbounded_channel();
+        let mut tasks = JoinSet::new();
+        tasks.spawn(Self::serve(stream, found));
+        Self { address: None, exchanges: tokio::sync::Mutex::new(exchanges), _tasks: tasks }
+    }
+
+    async fn serve(stream: impl AsyncRead + AsyncWrite + Unpin, found: mpsc::UnboundedSender<Exchange>) {
+        let service = service_fn(move |request| {
+            let (answer, answered) = oneshot::channel();
+            found.send(Exchange { request, answer }).ok();
+            async move {
+                match answered.await {
+                    Ok(response) => Ok::<_, Infallible>(response),
+                    Err(_) => std::future::pending().await,
+                }
+            }
+        });
+        hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .enable_connect_protocol()
+            .serve_connection(TokioIo::new(stream), service)
+            .await
+            .ok();
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://{}", self.address.expect("it listens"))
     }
 
     /// The next request, whichever connection it comes over.
