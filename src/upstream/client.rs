@@ -52,7 +52,6 @@ use super::{
     connect::{self, Connector},
     gather::Gather,
     pool::Pool,
-    quiet::Quiet,
     tunnel,
     upload::{Progress, Upload},
 };
@@ -197,7 +196,6 @@ struct Endpoint {
 struct Connection {
     send: http1::SendRequest<Body>,
     drive: Drive,
-    quiet: Quiet,
 }
 
 type Drive = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
@@ -206,12 +204,7 @@ impl Connection {
     /// Whether the connection takes a request now. Sees what has come over it since it was used: most often
     /// nothing, sometimes its end.
     fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut open = true;
-        self.quiet.look(cx, |cx| {
-            open = self.drive.as_mut().poll(cx).is_pending();
-            !open
-        });
-        open && self.send.is_ready()
+        self.drive.as_mut().poll(cx).is_pending() && self.send.is_ready()
     }
 }
 
@@ -409,7 +402,7 @@ impl Client {
         let io = self.dial().await?;
         let failed = |error| Error::new(Kind::ConnectFailed, error);
         let (send, connection) = http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(failed)?;
-        let mut connection = Connection { send, drive: Box::pin(connection.with_upgrades()), quiet: Quiet::new() };
+        let mut connection = Connection { send, drive: Box::pin(connection.with_upgrades()) };
         // The first turn makes it ready.
         poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await;
         Ok(connection)
@@ -472,21 +465,14 @@ impl Client {
 impl Connection {
     /// Sends a request and drives the connection until the head of the response is there.
     async fn exchange(&mut self, request: Request) -> Result<http::Response<Incoming>, TrySendError<Request>> {
-        // Sending wakes the connection, which is about to be looked at anyway.
-        self.quiet.enter();
         let mut response = pin!(self.send.try_send_request(request));
         let mut ended = false;
         poll_fn(|cx| {
-            let mut answer = Poll::Pending;
-            self.quiet.look(cx, |cx| {
-                if !ended {
-                    // How it ends, the response says better.
-                    ended = self.drive.as_mut().poll(cx).is_ready();
-                }
-                answer = response.as_mut().poll(cx);
-                answer.is_ready()
-            });
-            answer
+            if !ended {
+                // How it ends, the response says better.
+                ended = self.drive.as_mut().poll(cx).is_ready();
+            }
+            response.as_mut().poll(cx)
         })
         .await
     }
@@ -625,7 +611,7 @@ enum Lease {
 impl Lease {
     /// Lets the connection drive itself.
     fn detach(&mut self) {
-        if let Self::Http1 { connection: Connection { send, drive, .. }, .. } = mem::replace(self, Self::Ended) {
+        if let Self::Http1 { connection: Connection { send, drive }, .. } = mem::replace(self, Self::Ended) {
             *self = Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) };
         }
     }
@@ -711,24 +697,13 @@ impl HttpBody for Driven {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = &mut *self;
-        let incoming = &mut this.incoming;
-        let mut frame = Poll::Pending;
-        if let Lease::Http1 { connection: Connection { drive, quiet, .. }, .. } = &mut this.lease {
-            let mut ended = false;
-            quiet.look(cx, |cx| {
-                frame = Pin::new(&mut *incoming).poll_frame(cx);
-                if frame.is_pending() && !ended {
-                    ended = drive.as_mut().poll(cx).is_ready();
-                    frame = Pin::new(&mut *incoming).poll_frame(cx);
-                }
-                frame.is_ready()
-            });
-            if ended {
-                // With or without the rest of the body, it takes no other request.
+        let mut frame = Pin::new(&mut this.incoming).poll_frame(cx);
+        if let (Poll::Pending, Lease::Http1 { connection, .. }) = (&frame, &mut this.lease) {
+            if connection.drive.as_mut().poll(cx).is_ready() {
+                // It has ended, with or without the rest of the body, and takes no other request.
                 this.lease = Lease::Ended;
             }
-        } else {
-            frame = Pin::new(incoming).poll_frame(cx);
+            frame = Pin::new(&mut this.incoming).poll_frame(cx);
         }
         match ready!(frame) {
             Some(Ok(frame)) => {

@@ -5,7 +5,6 @@ pub mod client;
 mod connect;
 mod gather;
 mod pool;
-mod quiet;
 pub mod respond;
 mod tunnel;
 mod upload;
