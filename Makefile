@@ -28,7 +28,7 @@ check: ## all that a change must pass: format, lints, tests, documentation, lice
 fmt: ## formats the code
 	cargo fmt
 
-bench: ## this proxy beside nginx and HAProxy, one after the other on this machine
+bench: ## this proxy beside nginx and HAProxy, in turns on this machine
 	@scripts/setup bench
 	cargo build --release
 	benches/compare/run
