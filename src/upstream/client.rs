@@ -195,16 +195,26 @@ struct Endpoint {
 /// An HTTP/1.1 connection: the side that takes requests, and the side that moves bytes while it is polled.
 struct Connection {
     send: http1::SendRequest<Body>,
-    drive: Drive,
+    /// `None` once it has ended. Dropping it is what fails a request that it had not yet taken: kept, that
+    /// request would wait for ever.
+    drive: Option<Drive>,
 }
 
 type Drive = Pin<Box<dyn Future<Output = hyper::Result<()>> + Send>>;
 
 impl Connection {
+    /// Moves what can be moved. How a connection ends, its response says better.
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if self.drive.as_mut().is_some_and(|drive| drive.as_mut().poll(cx).is_ready()) {
+            self.drive = None;
+        }
+    }
+
     /// Whether the connection takes a request now. Sees what has come over it since it was used: most often
     /// nothing, sometimes its end.
     fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
-        self.drive.as_mut().poll(cx).is_pending() && self.send.is_ready()
+        self.drive(cx);
+        self.drive.is_some() && self.send.is_ready()
     }
 }
 
@@ -402,7 +412,7 @@ impl Client {
         let io = self.dial().await?;
         let failed = |error| Error::new(Kind::ConnectFailed, error);
         let (send, connection) = http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(failed)?;
-        let mut connection = Connection { send, drive: Box::pin(connection.with_upgrades()) };
+        let mut connection = Connection { send, drive: Some(Box::pin(connection.with_upgrades())) };
         // The first turn makes it ready.
         poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await;
         Ok(connection)
@@ -466,12 +476,8 @@ impl Connection {
     /// Sends a request and drives the connection until the head of the response is there.
     async fn exchange(&mut self, request: Request) -> Result<http::Response<Incoming>, TrySendError<Request>> {
         let mut response = pin!(self.send.try_send_request(request));
-        let mut ended = false;
         poll_fn(|cx| {
-            if !ended {
-                // How it ends, the response says better.
-                ended = self.drive.as_mut().poll(cx).is_ready();
-            }
+            self.drive(cx);
             response.as_mut().poll(cx)
         })
         .await
@@ -612,13 +618,18 @@ impl Lease {
     /// Lets the connection drive itself.
     fn detach(&mut self) {
         if let Self::Http1 { connection: Connection { send, drive }, .. } = mem::replace(self, Self::Ended) {
-            *self = Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) };
+            *self = match drive {
+                Some(drive) => Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) },
+                None => Self::Ended,
+            };
         }
     }
 
     /// Gives the connection back.
     fn end(&mut self) {
-        if let Self::Http1 { connection, pool } = mem::replace(self, Self::Ended) {
+        if let Self::Http1 { connection, pool } = mem::replace(self, Self::Ended)
+            && connection.drive.is_some()
+        {
             pool.put(connection);
         }
     }
@@ -699,10 +710,7 @@ impl HttpBody for Driven {
         let this = &mut *self;
         let mut frame = Pin::new(&mut this.incoming).poll_frame(cx);
         if let (Poll::Pending, Lease::Http1 { connection, .. }) = (&frame, &mut this.lease) {
-            if connection.drive.as_mut().poll(cx).is_ready() {
-                // It has ended, with or without the rest of the body, and takes no other request.
-                this.lease = Lease::Ended;
-            }
+            connection.drive(cx);
             frame = Pin::new(&mut this.incoming).poll_frame(cx);
         }
         match ready!(frame) {
@@ -820,4 +828,25 @@ fn translate(request: &mut Request) {
 fn handshake_key() -> HeaderValue {
     use base64::{Engine, engine::general_purpose::STANDARD};
     HeaderValue::try_from(STANDARD.encode(uuid::Uuid::new_v4().as_bytes())).expect("base64 is visible ASCII")
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_closes_before_it_took_a_request_gives_it_back() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let client = Client::new("api", &address, &Config::default(), &Metrics::default()).unwrap();
+        let mut connection = client.open().await.unwrap();
+        drop(listener.accept().await.unwrap());
+        tokio::task::yield_now().await;
+        let request = http::Request::get("/").header(HOST, "a").body(Body::empty()).unwrap();
+        let failed = timeout(Duration::from_secs(5), connection.exchange(request)).await.expect("no hang");
+        assert!(failed.unwrap_err().take_message().is_some(), "nothing of it was sent");
+        assert!(!poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await);
+    }
 }
