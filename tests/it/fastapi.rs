@@ -11,7 +11,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::harness::{Fastapi, Proxy, Wire, client, client::Http2Client, ms, within};
+use crate::harness::{Fastapi, Proxy, Wire, client, client::Http2Client, figure, ms, within};
 
 async fn served() -> (Fastapi, Proxy) {
     let backend = Fastapi::start().await;
@@ -159,7 +159,7 @@ async fn leaving_a_stream_cancels_the_generator() {
     let left = Instant::now();
     drop(client);
     backend.until("left", "cancelled").await;
-    eprintln!("the generator of a FastAPI stream ended {} after its client left", ms(left.elapsed()));
+    figure(&format!("the generator of a FastAPI stream ended {} after its client left", ms(left.elapsed())));
     assert_eq!(proxy.access_line("left-1").await["aborted_by"], "client");
 }
 

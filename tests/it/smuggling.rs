@@ -399,6 +399,30 @@ async fn bytes_behind_a_response_are_nobodys() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_body_where_none_can_be_is_nobodys() {
+    for (method, answer) in [
+        ("HEAD", "HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\npoisoned"),
+        ("GET", "HTTP/1.1 204 No Content\r\ncontent-length: 8\r\n\r\npoisoned"),
+        ("GET", "HTTP/1.1 304 Not Modified\r\ntransfer-encoding: chunked\r\n\r\n8\r\npoisoned\r\n0\r\n\r\n"),
+        ("GET", "HTTP/1.1 204 No Content\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\npoisoned"),
+    ] {
+        let backend = Backend::start().await;
+        let proxy = Proxy::before(&backend.url(), "").await;
+        let mut client = proxy.connect().await;
+        client.send(format!("{method} /one HTTP/1.1\r\nhost: a\r\n\r\n")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(answer).await;
+        assert!([200, 204, 304].contains(&client.head().await.status()));
+        upstream.rest().await;
+        client.send("GET /two HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        let (mut upstream, head) = backend.accept_head().await;
+        assert_eq!(head.target(), "/two", "{answer:?}");
+        upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\ntwo").await;
+        assert_eq!(client.answer().await.text(), "two", "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upstream_whose_answer_has_two_readings_has_failed() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), "").await;

@@ -12,7 +12,7 @@ use crate::harness::{
     Backend, Ending, Proxy, Wire,
     backend::Http2Backend,
     client::{self, Http2Client},
-    ms, within,
+    figure, ms, within,
 };
 
 const GET: &str = "GET /stream HTTP/1.1\r\nhost: sidegate.test\r\n\r\n";
@@ -276,7 +276,7 @@ async fn leaving_before_the_head_cancels_the_upstream_at_once() {
         client.leave(reset);
         upstream.ended().await;
         let took = left.elapsed();
-        eprintln!("cancelled before the head, reset {reset}: {}", ms(took));
+        figure(&format!("cancelled before the head, reset {reset}: {}", ms(took)));
         assert!(took.as_millis() < 50, "{took:?}");
         let line = proxy.access_line("left-1").await;
         assert_eq!(line["aborted_by"], "client", "{line}");
@@ -296,7 +296,7 @@ async fn leaving_in_the_middle_of_a_stream_cancels_the_upstream_at_once() {
         client.leave(reset);
         upstream.ended().await;
         let took = left.elapsed();
-        eprintln!("cancelled after the head, reset {reset}: {}", ms(took));
+        figure(&format!("cancelled after the head, reset {reset}: {}", ms(took)));
         assert!(took.as_millis() < 50, "{took:?}");
     }
 }
@@ -332,7 +332,7 @@ async fn leaving_over_http2_cancels_the_upstream_at_once_and_leaves_the_connecti
     upstream.rest().await;
     let after = left.elapsed();
 
-    eprintln!("cancelled over HTTP/2 before the head: {}, after: {}", ms(before), ms(after));
+    figure(&format!("cancelled over HTTP/2 before the head: {}, after: {}", ms(before), ms(after)));
     assert!(before.as_millis() < 50 && after.as_millis() < 50, "{before:?} {after:?}");
 }
 
@@ -381,7 +381,9 @@ async fn clients_that_do_not_read_stop_their_upstreams_and_not_the_memory() {
     }
     let each = proxy.resident().saturating_sub(before) / CLIENTS as u64;
     let taken = (taken / CLIENTS) >> 10;
-    eprintln!("clients that do not read: {taken} KiB taken for each by kernel and proxy, {each} KiB of it the proxy's");
+    figure(&format!(
+        "clients that do not read: {taken} KiB taken for each by kernel and proxy, {each} KiB of it the proxy's"
+    ));
     assert!(each < 4 << 10, "{each} KiB");
 }
 
@@ -416,7 +418,7 @@ async fn a_thousand_slow_streams_are_held_in_bounded_memory() {
         }
     }
     let each = proxy.resident().saturating_sub(before) / STREAMS as u64;
-    eprintln!("{STREAMS} open streams: {each} KiB each, {before} KiB before");
+    figure(&format!("{STREAMS} open streams: {each} KiB each, {before} KiB before"));
     assert!(each < 48, "{each} KiB per stream");
     for (client, mut upstream) in streams {
         drop(client);

@@ -362,3 +362,136 @@ async fn the_backends_own_headers_win_and_what_it_says_of_itself_is_removed() {
     assert_eq!(head.get("strict-transport-security"), None, "over cleartext it has no meaning");
     assert_eq!(head.get("date"), Some("yesterday"));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_keeps_its_own_framing() {
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let mut client = proxy.connect().await;
+    for (method, framing, body, length, coding) in [
+        ("GET", "", "", None, None),
+        ("GET", "content-length: 0\r\n", "", Some("0"), None),
+        ("GET", "content-length: 5\r\n", "hello", Some("5"), None),
+        ("POST", "", "", None, None),
+        ("POST", "content-length: 0\r\n", "", Some("0"), None),
+        ("POST", "content-length: 5\r\n", "hello", Some("5"), None),
+        ("POST", "transfer-encoding: chunked\r\n", "0\r\n\r\n", None, Some("chunked")),
+        ("DELETE", "transfer-encoding: chunked\r\n", "5\r\nhello\r\n0\r\n\r\n", None, Some("chunked")),
+        ("BREW", "content-length: 5\r\n", "hello", Some("5"), None),
+    ] {
+        let before = backend.requests().len();
+        client.send(format!("{method} / HTTP/1.1\r\nhost: a\r\n{framing}\r\n{body}")).await;
+        assert_eq!(client.answer().await.text(), "ok");
+        let request = backend.requests().swap_remove(before);
+        let seen = (request.head.get("content-length"), request.head.get("transfer-encoding"));
+        assert_eq!(seen, (length, coding), "{method} {framing}");
+        assert_eq!(request.text(), if body.contains("hello") { "hello" } else { "" });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_clients_body_has_its_length_upstream_where_it_had_one() {
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let client = Http2Client::to(proxy.address()).await;
+    for length in [Some("5"), None] {
+        let request = Request::post("http://sidegate.test/");
+        let request = length.into_iter().fold(request, |request, length| request.header("content-length", length));
+        let (sender, answer) = client.begin(request.body(()).unwrap());
+        sender.data("hello").await;
+        sender.finish();
+        assert_eq!(within("the answer", answer).await.unwrap().status(), 200);
+        let request = backend.requests().pop().unwrap();
+        assert_eq!((request.head.get("content-length"), request.text().as_str()), (length, "hello"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_response_with_two_framings_goes_on_with_the_one_that_counts() {
+    let both = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+    let backend = Recorder::answering(both).await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let answer = proxy.get("/").await;
+    assert_eq!((answer.text().as_str(), answer.head.get("content-length")), ("hello", None));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_informational_response_does_not_stand_in_for_the_final_one() {
+    let backend = Recorder::answering(
+        "HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: </a.css>; rel=preload\r\n\r\n\
+         HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nfinal",
+    )
+    .await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let mut client = proxy.connect().await;
+    for _ in 0..2 {
+        client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        let answer = loop {
+            let head = client.head().await;
+            if head.status() >= 200 {
+                break head;
+            }
+        };
+        assert_eq!((answer.status(), answer.get("link")), (200, None));
+        assert_eq!(client.exactly(5).await, b"final");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn options_of_everything_passes_and_max_forwards_counts_down() {
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let ask = async |start: &str, left: &str| {
+        proxy.ask(format!("{start} HTTP/1.1\r\nhost: a\r\nmax-forwards: {left}\r\n\r\n")).await.status()
+    };
+    assert_eq!(ask("OPTIONS *", "5").await, 200);
+    assert_eq!(ask("OPTIONS /x", "1").await, 200);
+    assert_eq!(ask("GET /x", "0").await, 200, "a GET is none of those that count");
+    let seen: Vec<_> = backend
+        .requests()
+        .iter()
+        .map(|request| (request.head.target().to_owned(), request.head.get("max-forwards").unwrap().to_owned()))
+        .collect();
+    let expected = [("*", "4"), ("/x", "0"), ("/x", "0")].map(|(target, left)| (target.to_owned(), left.to_owned()));
+    assert_eq!(seen, expected);
+    assert!((200..300).contains(&ask("OPTIONS /x", "0").await), "answered here");
+    assert_eq!(ask("TRACE /x", "0").await, 400);
+    assert_eq!(backend.requests().len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_event_stream_asks_outer_proxies_not_to_buffer_it() {
+    for (own, expected) in [("", "no"), ("x-accel-buffering: yes\r\n", "yes")] {
+        let backend = Recorder::answering(format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{own}content-length: 2\r\n\r\n\n\n"
+        ))
+        .await;
+        let proxy = Proxy::before(&backend.url(), "").await;
+        assert_eq!(proxy.get("/").await.head.get("x-accel-buffering"), Some(expected));
+    }
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    assert_eq!(proxy.get("/").await.head.get("x-accel-buffering"), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_clients_say_of_traces_sessions_and_resumption_passes_untouched() {
+    const FIELDS: [(&str, &str); 6] = [
+        ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        ("tracestate", "vendor=opaque,other=1"),
+        ("x-session-id", "s-1"),
+        ("last-event-id", "42"),
+        ("accept-encoding", "gzip, br;q=0.5"),
+        ("range", "bytes=0-4"),
+    ];
+    let backend = Recorder::ok().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let fields = FIELDS.map(|(name, value)| format!("{name}: {value}\r\n")).concat();
+    proxy.ask(format!("GET / HTTP/1.1\r\nhost: a\r\nx-request-id: trace-1\r\n{fields}\r\n")).await;
+    let head = backend.only().head;
+    for (name, value) in FIELDS {
+        assert_eq!(head.get(name), Some(value));
+    }
+    let line = proxy.access_line("trace-1").await;
+    assert_eq!((&line["session_id"], &line["trace_id"]), (&"s-1".into(), &"4bf92f3577b34da6a3ce929d0e0e4736".into()));
+}

@@ -8,7 +8,7 @@ pub mod proxy;
 pub mod python;
 pub mod wire;
 
-use std::{future::Future, time::Duration};
+use std::{future::Future, io::Write, time::Duration};
 
 pub use backend::Backend;
 pub use proxy::Proxy;
@@ -32,6 +32,11 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
         }
     })
     .await;
+}
+
+/// Says a measured figure. Past libtest, which shows what passing tests print to nobody.
+pub fn figure(text: &str) {
+    std::io::stderr().write_all(format!("figure: {text}\n").as_bytes()).ok();
 }
 
 /// A duration for people.
