@@ -24,8 +24,7 @@ use tokio::{sync::Semaphore, task::JoinSet, time::sleep};
 use crate::{
     config::{Sources, Toggle},
     message::Body,
-    server::listener::Address,
-    settings::Settings,
+    settings::{Settings, listener::Address},
 };
 
 /// The policy, as it stands in the repository.

@@ -14,8 +14,6 @@ use std::{
     },
 };
 
-use schemars::JsonSchema;
-use serde::Deserialize;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, futures::OwnedNotified, watch},
@@ -24,31 +22,8 @@ use tracing::info;
 
 use crate::{
     admin::health::{Phase, Readiness},
-    config::{Check, HumanDuration, Problems},
+    settings::drain::Config,
 };
-
-/// How the process ends when it is asked to. Section `drain`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-#[schemars(rename = "Drain")]
-pub struct Config {
-    /// How long connections are still accepted after readiness is off, for load balancers to notice.
-    /// Default `0s`.
-    pub delay: HumanDuration,
-    /// How long requests and streams may run after that; then they are cut. Default `30s`. Kubernetes kills the
-    /// process after `terminationGracePeriodSeconds`, in which both must fit.
-    pub timeout: HumanDuration,
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self { delay: HumanDuration::from_secs(0), timeout: HumanDuration::from_secs(30) }
-    }
-}
-
-impl Check for Config {
-    fn check(&self, _: &mut Problems) {}
-}
 
 /// Asks a server to stop. Clones ask the same server.
 #[derive(Debug, Clone)]

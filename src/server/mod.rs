@@ -9,7 +9,7 @@
 
 pub mod connection;
 pub mod drain;
-pub mod listener;
+mod listener;
 mod proxy_protocol;
 pub mod reload;
 pub mod tls;
@@ -48,7 +48,7 @@ use crate::{
     },
     message::{BoxError, Request},
     registry::Registry,
-    settings::Settings,
+    settings::{self, Settings},
     stack::Stack,
     telemetry::{Metrics, log, metrics::Process},
 };
@@ -101,7 +101,7 @@ impl std::error::Error for BindError {
 #[derive(Debug)]
 pub struct Server {
     /// The listeners. One that cannot be opened fails them all.
-    pub listen: Vec<listener::Config>,
+    pub listen: Vec<settings::listener::Config>,
     /// Connections open at once over all these listeners. At the limit no more are accepted; they wait in the
     /// kernel's queue.
     pub connections: usize,
@@ -149,7 +149,7 @@ const CUT_GRACE: Duration = Duration::from_secs(1);
 
 impl Bound {
     /// The addresses, in the order of the configuration, with the ports that the system chose.
-    pub fn addresses(&self) -> impl Iterator<Item = &listener::Address> {
+    pub fn addresses(&self) -> impl Iterator<Item = &settings::listener::Address> {
         self.listeners.iter().map(Listener::address)
     }
 

@@ -275,7 +275,7 @@ impl Watched {
 
 /// How the operator's port may be used.
 pub(super) fn access(admin: &crate::settings::Admin) -> Result<admin::Access, String> {
-    use super::listener::Address;
+    use crate::settings::listener::Address;
 
     let token = admin.token.as_ref().map(crate::config::Secret::reveal).transpose();
     Ok(admin::Access {

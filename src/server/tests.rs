@@ -12,10 +12,15 @@ use tokio::{
     task::JoinHandle,
 };
 
-use super::{listener::Address, *};
+use super::*;
 use crate::{
     config::HumanDuration,
     message::{Body, Response},
+    settings::{
+        drain,
+        listener::{self, Address},
+        tls,
+    },
 };
 
 /// A running server.

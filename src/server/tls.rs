@@ -5,11 +5,8 @@
 //! that they began with. ALPN offers `h2`, then `http/1.1`.
 
 use std::{
-    fmt, fs,
-    hash::{DefaultHasher, Hash, Hasher},
-    io,
+    fmt, fs, io,
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -18,49 +15,16 @@ use arc_swap::ArcSwap;
 use rustls::{
     ServerConfig,
     crypto::{CryptoProvider, ring},
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::ProducesTickets,
 };
-use schemars::JsonSchema;
-use serde::Deserialize;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tracing::{info, warn};
 
 use super::connection::Socket;
-use crate::{
-    config::problem::{Check, Problems, check_readable},
-    message::BoxError,
-};
+use crate::settings::tls::{Config, Pems};
 
 /// How often the files are looked at.
 pub(super) const LOOK_EVERY: Duration = Duration::from_secs(5);
-
-/// The certificate of a listener. Section `tls` of an entry of `listen`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-#[schemars(rename = "ListenerTls")]
-pub struct Config {
-    /// The certificate chain, PEM, the server's own first. Read again when it changes.
-    pub certificate: PathBuf,
-    /// Its private key, PEM: PKCS#8, PKCS#1 or SEC1. Read again when it changes.
-    pub key: PathBuf,
-}
-
-impl Check for Config {
-    fn check(&self, problems: &mut Problems) {
-        let files = [("certificate", &self.certificate), ("key", &self.key)];
-        let readable = files.map(|(key, file)| check_readable(key, file, problems));
-        if readable != [true, true] {
-            return;
-        }
-        let provider = Arc::new(ring::default_provider());
-        let Ok(ticketer) = ring::Ticketer::new() else { return };
-        if let Err(unusable) = Pems::read(self).and_then(|pems| pems.into_config(self, &provider, &ticketer)) {
-            let key = if unusable.file == self.certificate { "certificate" } else { "key" };
-            problems.add(key, unusable.to_string());
-        }
-    }
-}
 
 /// The TLS side of a listener.
 pub(super) struct Tls {
@@ -81,27 +45,6 @@ struct Seen {
 
 /// Device, inode, size, and time of modification: a look that reads nothing.
 type Stamp = (u64, u64, u64, i64, i64);
-
-/// Why a certificate cannot be used.
-#[derive(Debug)]
-struct Unusable {
-    what: &'static str,
-    file: PathBuf,
-    source: BoxError,
-}
-
-impl fmt::Display for Unusable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // With its cause: this is read in a log or on a terminal, never by a client.
-        write!(f, "{} {}: {}", self.what, self.file.display(), self.source)
-    }
-}
-
-impl std::error::Error for Unusable {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&*self.source)
-    }
-}
 
 impl Tls {
     /// Reads the files.
@@ -155,59 +98,6 @@ impl fmt::Debug for Tls {
     }
 }
 
-/// The contents of both files.
-struct Pems {
-    certificate: Vec<u8>,
-    key: Vec<u8>,
-}
-
-impl Pems {
-    fn read(files: &Config) -> Result<Self, Unusable> {
-        let read = |what, file: &Path| {
-            fs::read(file).map_err(|source| Unusable { what, file: file.to_owned(), source: source.into() })
-        };
-        Ok(Self {
-            certificate: read("cannot read the certificate", &files.certificate)?,
-            key: read("cannot read the key", &files.key)?,
-        })
-    }
-
-    /// Changes with the contents. Not a secret's hash that anybody sees: it stays in this process.
-    fn content(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        (&self.certificate, &self.key).hash(&mut hasher);
-        hasher.finish()
-    }
-
-    fn into_config(
-        self,
-        files: &Config,
-        provider: &Arc<CryptoProvider>,
-        ticketer: &Arc<dyn ProducesTickets>,
-    ) -> Result<ServerConfig, Unusable> {
-        let of_chain =
-            |source: BoxError| Unusable { what: "no usable certificate in", file: files.certificate.clone(), source };
-        let of_key = |source: BoxError| Unusable { what: "no usable key in", file: files.key.clone(), source };
-        let chain: Vec<_> = CertificateDer::pem_slice_iter(&self.certificate)
-            .collect::<Result<_, _>>()
-            .map_err(|error| of_chain(error.into()))?;
-        if chain.is_empty() {
-            return Err(of_chain("no PEM section `CERTIFICATE`".into()));
-        }
-        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| of_key(error.into()))?;
-        let mut config = ServerConfig::builder_with_provider(provider.clone())
-            .with_safe_default_protocol_versions()
-            .map_err(|error| of_chain(error.into()))?
-            .with_no_client_auth()
-            // Also finds out whether key and certificate belong together.
-            .with_single_cert(chain, key)
-            .map_err(|error| of_key(error.into()))?;
-        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        config.ticketer = ticketer.clone();
-        Ok(config)
-    }
-}
-
 fn stamps(files: &Config) -> [Option<Stamp>; 2] {
     [&files.certificate, &files.key].map(|file| {
         // Follows links: Kubernetes swaps the link to a whole directory.
@@ -218,7 +108,10 @@ fn stamps(files: &Config) -> [Option<Stamp>; 2] {
 
 #[cfg(test)]
 mod tests {
-    use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+    use rustls::{
+        ClientConfig, RootCertStore,
+        pki_types::{CertificateDer, ServerName},
+    };
     use tokio::{
         io::AsyncWriteExt,
         net::{TcpListener, TcpStream},

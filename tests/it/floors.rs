@@ -17,10 +17,6 @@ const FLOORS: [(&[&str], bool); 7] = [
     (&["main", "cli", "demo"], true),
 ];
 
-/// `settings.rs` names the config of every part of the file, and those of listeners and of the drain live, as
-/// every config does, beside the code that follows them.
-const UPWARDS: [(&str, &str); 2] = [("settings", "server::drain"), ("settings", "server::listener")];
-
 #[test]
 fn imports_point_down() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
@@ -63,9 +59,6 @@ fn forbidden(module: &[String], import: &[String], source: &Path) -> Option<Stri
         return Some(format!("stands in `{}`, which has no floor", module[0]));
     };
     let Some((other, together)) = floor(&import[0]) else { return Some("has no floor".to_owned()) };
-    if UPWARDS.contains(&(&module.join("::"), &import.join("::"))) {
-        return None;
-    }
     if import[0] != module[0] {
         return (other > own || other == own && !together).then(|| format!("is on floor {other}, the file on {own}"));
     }

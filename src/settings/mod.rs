@@ -2,7 +2,12 @@
 //! sections.
 //!
 //! Each section is the `Config` of the module that acts on it; this one only gives them their place. The doc
-//! comments of all of them are the reference and the JSON Schema.
+//! comments of all of them are the reference and the JSON Schema. What the server acts on stands here, because the
+//! server stands a floor above.
+
+pub mod drain;
+pub mod listener;
+pub mod tls;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,7 +22,6 @@ use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
     layers::{body_limit, errors, hygiene, request_id, security_headers, timeouts},
     route::Match,
-    server::{drain, listener},
     telemetry::log,
     upstream::{
         Address,
@@ -583,7 +587,7 @@ mod tests {
         /// mistakes, never a panic, and never no answer.
         #[test]
         fn any_file_is_settings_or_mistakes(cuts in vec((0..140_usize, 0..4_u8, "[ -~]{0,8}"), 1..6)) {
-            let mut lines: Vec<_> = include_str!("../config/sidegate.yaml").lines().map(str::to_owned).collect();
+            let mut lines: Vec<_> = include_str!("../../config/sidegate.yaml").lines().map(str::to_owned).collect();
             for (at, how, noise) in cuts {
                 let at = at % lines.len();
                 match how {
