@@ -3,7 +3,6 @@
 use std::{
     error::Error,
     io::{self, Write},
-    num::NonZeroUsize,
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -198,8 +197,7 @@ fn demo(sources: Sources) -> ExitCode {
 
 /// Runs `work` on as many threads as the configuration says.
 fn block_on<T>(settings: &Settings, work: impl Future<Output = Result<T, BoxError>>) -> Result<T, BoxError> {
-    let threads = settings.threads.or_else(|| std::thread::available_parallelism().ok());
-    let threads = threads.map_or(1, NonZeroUsize::get);
+    let threads = settings.threads().get();
     let mut builder = if threads == 1 {
         tokio::runtime::Builder::new_current_thread()
     } else {

@@ -22,7 +22,7 @@ use std::{
 use futures_util::future::Either;
 use http::{HeaderMap, Method, header::HOST};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::{
@@ -39,16 +39,20 @@ use crate::{
 };
 
 /// Which requests a route takes. Section `match` of a route; what is left out matches everything.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Match {
     /// The host without its port, in any case: `api.example.com`, or `*.example.com` for all below it.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     /// The path: `/v1/models` itself, `/files/*` and all below it, or with `{parameters}` for segments.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<Pattern>,
     /// The method, or a list of methods. A route for `GET` is not one for `HEAD`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<OneOrMany<MethodName>>,
     /// Header fields that must be there with this very value.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub headers: BTreeMap<FieldName, FieldValue>,
 }
 

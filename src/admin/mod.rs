@@ -6,7 +6,7 @@
 //! | `GET /readyz` | 200 when traffic should come; 503 before, and from the beginning of a drain |
 //! | `GET /health` | the components: process, configuration, upstreams |
 //! | `GET /metrics` | OpenMetrics text |
-//! | `GET /config` | what file, environment and command line give together, secrets redacted |
+//! | `GET /config` | `given`: what file, environment and command line say; `effective`: what holds, every default and inheritance written out, itself a valid file. Secrets redacted |
 //! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
 //!
 //! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
@@ -31,7 +31,7 @@ use tokio::{
 
 use self::health::{Phase, Readiness};
 use crate::{
-    config::Problems,
+    config::{Problems, Secret},
     message::{Body, Request, Response},
     telemetry::metrics::{CONTENT_TYPE, Metrics},
 };
@@ -46,6 +46,8 @@ pub struct Configuration {
     pub generation: u64,
     /// What the sources give together, secrets redacted.
     pub given: Value,
+    /// The same with every default, as [`Settings::effective`](crate::settings::Settings::effective) has it.
+    pub effective: Value,
     /// Upstreams by name, with their endpoint as metrics and logs call it; none for a fixed answer.
     pub upstreams: Vec<(String, Option<String>)>,
     /// The problems of the last reload, if it was refused.
@@ -136,8 +138,8 @@ impl Admin {
                 response
             }
             Page::Config => {
-                let configuration = self.configuration().clone();
-                answer(StatusCode::OK, &json!({ "generation": configuration.generation, "given": configuration.given }))
+                let Configuration { generation, given, effective, .. } = self.configuration().clone();
+                answer(StatusCode::OK, &json!({ "generation": generation, "given": given, "effective": effective }))
             }
             Page::Reload => match self.refuse_change(&request) {
                 Some(refusal) => refusal,
@@ -309,9 +311,6 @@ fn problem(status: StatusCode, detail: &str) -> Response {
     answer(status, &json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail }))
 }
 
-/// What stands in the place of a secret.
-const REDACTED: &str = "[redacted]";
-
 /// Takes out of `given` what might be secret: what is called so, passwords in URLs, and values of header fields that
 /// routes match. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
 #[must_use]
@@ -331,10 +330,10 @@ fn redact_entry(key: String, value: Value) -> (String, Value) {
         (_, Value::Object(place)) if is_secret && place.keys().all(|key| key == "env" || key == "file") => {
             Value::Object(place)
         }
-        (_, _) if is_secret => REDACTED.into(),
+        (_, _) if is_secret => Secret::REDACTED.into(),
         ("match", Value::Object(mut of)) => {
             if let Some(Value::Object(headers)) = of.get_mut("headers") {
-                headers.values_mut().for_each(|value| *value = REDACTED.into());
+                headers.values_mut().for_each(|value| *value = Secret::REDACTED.into());
             }
             Value::Object(of)
         }
@@ -348,7 +347,7 @@ fn without_password(text: String) -> String {
     let Some((scheme, rest)) = text.split_once("://") else { return text };
     let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
     match authority.rsplit_once('@') {
-        Some((user, _)) => format!("{scheme}://{REDACTED}{}", rest.strip_prefix(user).unwrap_or_default()),
+        Some((user, _)) => format!("{scheme}://{}{}", Secret::REDACTED, rest.strip_prefix(user).unwrap_or_default()),
         None => text,
     }
 }
@@ -480,10 +479,10 @@ mod tests {
             "routes": [{ "match": { "path": "/a", "headers": { "x-key": "abc" } }, "upstream": "api" }],
         });
         let expected = json!({
-            "admin": { "listen": "127.0.0.1:9090", "token": REDACTED },
+            "admin": { "listen": "127.0.0.1:9090", "token": Secret::REDACTED },
             "other": { "token": { "env": "TOKEN" } },
             "upstreams": { "api": { "endpoints": ["http://[redacted]@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
-            "routes": [{ "match": { "path": "/a", "headers": { "x-key": REDACTED } }, "upstream": "api" }],
+            "routes": [{ "match": { "path": "/a", "headers": { "x-key": Secret::REDACTED } }, "upstream": "api" }],
         });
         assert_eq!(redact(given), expected);
     }

@@ -125,6 +125,19 @@ impl Serialize for FieldName {
     }
 }
 
+impl Serialize for FieldValue {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        // Read from text, so nothing is lost.
+        to.collect_str(&String::from_utf8_lossy(self.0.as_bytes()))
+    }
+}
+
+impl Serialize for MethodName {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.as_str())
+    }
+}
+
 impl JsonSchema for FieldName {
     fn schema_name() -> Cow<'static, str> {
         "FieldName".into()

@@ -584,7 +584,7 @@ const MAX_SECRET: u64 = 1 << 20;
 
 /// A value that no log, error, metric or dump may show: `{env: NAME}`, `{file: PATH}`, or the text itself.
 ///
-/// It has no `Serialize`, and `Debug` shows where it comes from, not what it is.
+/// It has no `Serialize`; `Debug` and [`shown`](Self::shown) say where it comes from, not what it is.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(Source);
 
@@ -596,10 +596,23 @@ enum Source {
 }
 
 impl Secret {
+    /// What stands in the place of a secret where it is shown.
+    pub const REDACTED: &str = "[redacted]";
+
     /// A secret that is given as it is.
     #[must_use]
     pub fn literal(text: impl Into<String>) -> Self {
         Self(Source::Literal(text.into()))
+    }
+
+    /// What may be shown of it, in the form of the configuration. A text is [`REDACTED`](Self::REDACTED).
+    #[must_use]
+    pub fn shown(&self) -> serde_json::Value {
+        match &self.0 {
+            Source::Literal(_) => Self::REDACTED.into(),
+            Source::Env(name) => serde_json::json!({ "env": name }),
+            Source::File(path) => serde_json::json!({ "file": path.display().to_string() }),
+        }
     }
 
     /// Reads the secret. One line end at its end is not part of it: editors and `kubectl` add it.

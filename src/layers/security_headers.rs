@@ -54,7 +54,7 @@ const NO_PERMISSIONS: &str = "accelerometer=(), autoplay=(), camera=(), display-
     xr-spatial-tracking=()";
 
 /// Security headers of responses. Section `security_headers`.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "SecurityHeaders")]
 pub struct Config {

@@ -32,7 +32,7 @@ use http::{Request, Response, header::UPGRADE};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tower::{Layer, Service};
 
@@ -49,7 +49,7 @@ use crate::{
 ///
 /// `client_header` and `keepalive` are about connections, which have no route yet: they stand in `defaults`
 /// only.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Timeouts")]
 pub struct Config {

@@ -152,7 +152,8 @@ impl Reloads {
 
 /// Lets the operator see the configuration that has taken effect.
 pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
-    let given = tree.to_json().map_or(Value::Null, admin::redact);
+    let shown = |tree: serde_json::Result<Value>| tree.map_or(Value::Null, admin::redact);
+    let (given, effective) = (shown(tree.to_json()), shown(settings.effective()));
     let upstreams = settings.upstreams.iter().map(|(name, upstream)| {
         let endpoint = upstream.endpoints.iter().flatten().next();
         (name.clone(), endpoint.map(ToString::to_string))
@@ -161,6 +162,7 @@ pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
     let mut configuration = admin.configuration();
     configuration.generation += 1;
     configuration.given = given;
+    configuration.effective = effective;
     configuration.upstreams = upstreams;
     configuration.refused = None;
 }

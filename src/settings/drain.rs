@@ -1,12 +1,12 @@
 //! Section `drain`: how the process ends.
 
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::config::{Check, HumanDuration, Problems};
 
 /// How the process ends when it is asked to. Section `drain`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Drain")]
 pub struct Config {

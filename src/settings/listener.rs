@@ -97,11 +97,12 @@ impl JsonSchema for Address {
 }
 
 /// One listener: its address, or a section. An entry of `listen`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Config {
     /// Where to listen: `ADDRESS:PORT`, or `unix:/path` for a Unix socket.
     pub address: Address,
     /// Ends TLS here. Default: cleartext.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<tls::Config>,
     /// Whether every connection begins with a PROXY protocol header, version 1 or 2, which names the client;
     /// one without is closed. Default `false`. Whoever can connect can claim any address: switch it on only

@@ -16,7 +16,8 @@ use std::{
 };
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::RecursiveTransform};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
 
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
@@ -34,7 +35,7 @@ use crate::{
 ///
 /// Sources, the later one wins: defaults, the file (YAML, or TOML by its extension), variables of the environment
 /// (`SIDEGATE_LOG__LEVEL` for `log.level`), options of the command line.
-#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(title = "sidegate")]
 pub struct Settings {
@@ -44,6 +45,7 @@ pub struct Settings {
     pub admin: Toggle<Admin>,
     /// Threads that serve, 1 to 1024. Default: as many as the process may use CPUs. With 1 no request ever
     /// changes its thread, which saves time where there is one CPU to use.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<NonZeroUsize>,
     /// How much clients may take.
     pub limits: Limits,
@@ -84,13 +86,14 @@ impl Default for Settings {
 }
 
 /// The operator's port. Section `admin`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
     /// Where it listens. Default `127.0.0.1:9090`: reachable from this machine, or this pod, only.
     pub listen: listener::Address,
     /// What a call that changes something must show, as `Authorization: Bearer`. Without one such calls are
     /// answered on loopback and Unix sockets only. Default none.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown")]
     pub token: Option<Secret>,
 }
 
@@ -100,8 +103,13 @@ impl Default for Admin {
     }
 }
 
+#[expect(clippy::ref_option, reason = "serde hands over a reference to the field")]
+fn shown<S: Serializer>(secret: &Option<Secret>, to: S) -> Result<S::Ok, S::Error> {
+    secret.as_ref().map(Secret::shown).serialize(to)
+}
+
 /// How much clients may take. Section `limits`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Connections open at once; more wait to be accepted. Default 10000.
@@ -147,22 +155,28 @@ impl Check for Limits {
 }
 
 /// Where requests may go. An entry of `upstreams`: either `endpoints` and how to speak to them, or `respond`.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
     /// Where the backend listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. Exactly one for now.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoints: Option<OneOrMany<Address>>,
     /// The version of HTTP that the endpoints are spoken to in: `http1` or `http2` (over `http://` with prior
     /// knowledge, over `https://` by ALPN). Default `http1`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub protocol: Option<Protocol>,
     /// What stands in `Host`: `preserve` for what the client sent, `endpoint` for the endpoint's own name, or any other
     /// text for itself. Default `endpoint` for `https://`, else `preserve`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<Host>,
     /// Whom `https://` endpoints are believed.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Tls>,
     /// Which connections are kept open.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolConfig>,
     /// A fixed answer instead of a backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub respond: Option<respond::Config>,
 }
 
@@ -176,6 +190,17 @@ impl Upstream {
             tls: self.tls.clone().unwrap_or_default(),
             pool: self.pool.clone().unwrap_or_default(),
         }
+    }
+}
+
+impl Upstream {
+    /// Writes its defaults out.
+    fn complete(&mut self) {
+        let Some(endpoint) = self.endpoints.iter().flatten().next() else { return };
+        let host = if endpoint.tls() { Host::Endpoint } else { Host::Preserve };
+        self.host.get_or_insert(host);
+        self.protocol.get_or_insert_default();
+        self.pool.get_or_insert_default();
     }
 }
 
@@ -214,7 +239,7 @@ impl Check for Upstream {
 }
 
 /// What holds for requests. Section `defaults`.
-#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Defaults {
     /// Headers that tell browsers to be careful. Default: the preset `api`; `off` sets and removes none.
@@ -239,11 +264,12 @@ impl Default for Defaults {
 }
 
 /// Which requests go where, and what holds for them. An entry of `routes`.
-#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Route {
     /// What logs and metrics call it, 1 to 100 characters. Default: its match in words, as in
     /// `POST /v1/chat/completions`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
     /// Which requests. Default: all that no other route matches.
     #[serde(default, rename = "match")]
@@ -251,12 +277,16 @@ pub struct Route {
     /// The upstream that they go to, by its name.
     pub upstream: String,
     /// Instead of `defaults.security_headers`; `off` sets and removes none.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub security_headers: Option<Toggle<security_headers::Config>>,
     /// Instead of `defaults.timeouts`, without `client_header` and `keepalive`; `off` waits for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub timeouts: Option<Toggle<timeouts::Config>>,
     /// Instead of `defaults.body_limit`; `off` sets none.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub body_limit: Option<Toggle<body_limit::Config>>,
     /// Instead of `defaults.errors`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub errors: Option<errors::Config>,
 }
 
@@ -315,6 +345,47 @@ impl Settings {
             settings.complete();
             settings.check(tree, problems);
         })
+    }
+
+    /// How many threads serve.
+    #[must_use]
+    pub fn threads(&self) -> NonZeroUsize {
+        let cpus = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        self.threads.unwrap_or_else(cpus)
+    }
+
+    /// What holds: the file, as it would be with every default written out, and every route with all that it
+    /// inherits. It can be read again, and then means the same; only a secret that is text is not in it.
+    ///
+    /// # Errors
+    /// A path of the environment or the command line is not UTF-8.
+    pub fn effective(&self) -> Result<Value, serde_json::Error> {
+        let mut all = self.clone();
+        all.threads = Some(self.threads());
+        all.upstreams.values_mut().for_each(Upstream::complete);
+        for route in &mut all.routes {
+            let Defaults { security_headers, timeouts, body_limit, errors } = route.policies(&self.defaults);
+            let name = Some(route.name()).filter(|name| is_route_name(name));
+            let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
+            *route = Route {
+                name,
+                matches,
+                upstream,
+                security_headers: Some(security_headers),
+                timeouts: Some(Toggle::On(timeouts)),
+                body_limit: Some(body_limit),
+                errors: Some(errors),
+            };
+        }
+        let mut all = serde_json::to_value(all)?;
+        for route in all["routes"].as_array_mut().into_iter().flatten() {
+            if let Some(timeouts) = route["timeouts"].as_object_mut() {
+                for key in OF_CONNECTIONS {
+                    timeouts.remove(key);
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// The JSON Schema of the file.
@@ -393,9 +464,7 @@ impl Settings {
         let mut names = HashMap::new();
         for (n, route) in self.routes.iter().enumerate() {
             problems.at(format!("routes.{n}"), |problems| {
-                let illegal =
-                    |name: &String| !(1..=100).contains(&name.chars().count()) || name.chars().any(char::is_control);
-                if route.name.as_ref().is_some_and(illegal) {
+                if route.name.as_ref().is_some_and(|name| !is_route_name(name)) {
                     problems.add("name", "must be 1 to 100 characters, none of them a control character");
                 }
                 // What could not be read may be what makes the difference.
@@ -420,7 +489,7 @@ impl Settings {
                 }
                 problems.at("match", |problems| route.matches.check(problems));
                 problems.at("timeouts", |problems| {
-                    for key in ["client_header", "keepalive"] {
+                    for key in OF_CONNECTIONS {
                         if tree.has(&format!("routes.{n}.timeouts.{key}")) {
                             problems.add(
                                 key,
@@ -437,10 +506,13 @@ impl Settings {
     }
 }
 
+/// The timeouts that no route can have.
+const OF_CONNECTIONS: [&str; 2] = ["client_header", "keepalive"];
+
 /// What may be left out is an `Option`, but a key without a value is a mistake.
 fn without_null(schema: &mut Schema) {
     let Some(object) = schema.as_object_mut() else { return };
-    if object.get("default").is_some_and(serde_json::Value::is_null) {
+    if object.get("default").is_some_and(Value::is_null) {
         object.remove("default");
     }
     if let Some(types) = object.get_mut("type")
@@ -451,10 +523,10 @@ fn without_null(schema: &mut Schema) {
             *types = only.clone();
         }
     }
-    let Some(several) = object.get_mut("anyOf").and_then(serde_json::Value::as_array_mut) else { return };
+    let Some(several) = object.get_mut("anyOf").and_then(Value::as_array_mut) else { return };
     several.retain(|choice| choice != &serde_json::json!({ "type": "null" }));
     // `$ref` may stand beside a description of its own.
-    if let [serde_json::Value::Object(only)] = &mut **several {
+    if let [Value::Object(only)] = &mut **several {
         let mut only = std::mem::take(only);
         object.remove("anyOf");
         object.append(&mut only);
@@ -472,6 +544,10 @@ fn check_log(log: &log::Config, problems: &mut Problems) {
     {
         problems.add("file", format!("the directory `{}` does not exist", directory.display()));
     }
+}
+
+fn is_route_name(name: &str) -> bool {
+    (1..=100).contains(&name.chars().count()) && !name.chars().any(char::is_control)
 }
 
 fn is_name(name: &str) -> bool {
@@ -546,6 +622,40 @@ mod tests {
         assert!(b.security_headers.is_off());
         assert!(b.body_limit.as_ref().is_some());
         assert_eq!(rest, settings.defaults);
+    }
+
+    #[test]
+    fn what_holds_is_a_file_that_means_the_same() {
+        let text = "
+            listen: ['127.0.0.1:0', {address: 'unix:/tmp/a.sock'}]
+            admin: {token: {env: PATH}}
+            upstreams:
+              api: {endpoints: [http://127.0.0.1:8000]}
+              far: {endpoints: ['https://a.example'], protocol: http2, host: b.example, pool: {idle: off}}
+              fixed: {respond: {status: 503, headers: {retry-after: 60}, json: {x: null}}}
+            defaults: {timeouts: {first_byte: 1s, keepalive: 9s}, body_limit: {max: 1KiB}}
+            routes:
+              - {upstream: api, match: {path: '/a/{id}', method: [GET, PUT], headers: {x-b: ü}}, timeouts: off}
+              - {upstream: far, match: {host: '*.example', method: POST}, errors: openai, security_headers: off}
+              - {upstream: fixed, security_headers: {preset: web, set: {x-y: 1}, remove: [x-z]}}";
+        let settings = load(text).unwrap();
+        let effective = settings.effective().unwrap();
+        assert_eq!(effective["upstreams"]["api"]["host"], "preserve");
+        assert_eq!(effective["upstreams"]["api"]["pool"]["max_idle"], 1024);
+        let [off, inherited, _] = &**effective["routes"].as_array().unwrap() else { panic!("three routes") };
+        assert_eq!((&off["timeouts"]["idle"], &off["name"]), (&"off".into(), &"GET|PUT /a/{id} with x-b".into()));
+        assert_eq!(
+            (&inherited["timeouts"]["first_byte"], &inherited["body_limit"]["max"]),
+            (&"1s".into(), &"1KiB".into())
+        );
+
+        let again = load(&effective.to_string()).unwrap();
+        assert_eq!(again.effective().unwrap(), effective);
+        assert_eq!((&again.listen, &again.admin, &again.limits), (&settings.listen, &settings.admin, &settings.limits));
+        for (again, settings) in again.routes.iter().zip(&settings.routes) {
+            assert_eq!(again.matches, settings.matches);
+            assert_eq!(again.name(), settings.name());
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use rustls::{
     server::ProducesTickets,
 };
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     config::problem::{Check, Problems, check_readable},
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The certificate of a listener. Section `tls` of an entry of `listen`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "ListenerTls")]
 pub struct Config {

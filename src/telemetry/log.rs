@@ -35,7 +35,7 @@ const BUFFER: usize = 8 << 20;
 const GATHER: Duration = Duration::from_millis(20);
 
 /// What is logged, where, and in which form. Section `log`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Log")]
 pub struct Config {
@@ -48,6 +48,7 @@ pub struct Config {
     /// Whether each request gets its line. Default `true`.
     pub access: bool,
     /// A file to append to, opened anew at each reload. Default: the standard output.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
 }
 

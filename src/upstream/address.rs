@@ -4,7 +4,7 @@ use std::{borrow::Cow, fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use http::{Uri, uri::Authority};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// Where an endpoint listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -87,6 +87,16 @@ impl FromStr for Address {
 impl<'de> Deserialize<'de> for Address {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         String::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// As the configuration writes it, with its scheme and port.
+impl Serialize for Address {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Tcp { tls, .. } => to.collect_str(&format_args!("http{}://{self}", if *tls { "s" } else { "" })),
+            Self::Unix(_) => to.collect_str(self),
+        }
     }
 }
 

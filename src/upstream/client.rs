@@ -39,7 +39,7 @@ use hyper::{
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
-use serde::{Deserialize, de};
+use serde::{Deserialize, Serialize, de};
 use tokio::{
     sync::Mutex,
     task::JoinHandle,
@@ -78,7 +78,7 @@ pub struct Config {
 }
 
 /// The version of HTTP that is spoken to the endpoints. Key `protocol` of an upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// HTTP/1.1. The default.
@@ -117,6 +117,17 @@ impl<'de> Deserialize<'de> for Host {
     }
 }
 
+impl Serialize for Host {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Preserve => to.serialize_str("preserve"),
+            Self::Endpoint => to.serialize_str("endpoint"),
+            // An authority, which is ASCII.
+            Self::Literal(host) => to.collect_str(&String::from_utf8_lossy(host.as_bytes())),
+        }
+    }
+}
+
 impl JsonSchema for Host {
     fn schema_name() -> std::borrow::Cow<'static, str> {
         "Host".into()
@@ -131,11 +142,12 @@ impl JsonSchema for Host {
 }
 
 /// Whom `https://` endpoints are believed. Section `tls` of an upstream.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "UpstreamTls")]
 pub struct Tls {
     /// A PEM file with the certificates to trust. Default: the system's roots.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<std::path::PathBuf>,
 }
 
@@ -151,7 +163,7 @@ impl Check for Tls {
 }
 
 /// Which connections are kept open. Section `pool` of an upstream.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Pool")]
 pub struct PoolConfig {

@@ -10,7 +10,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE};
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use crate::{
@@ -23,17 +23,20 @@ use crate::{
 };
 
 /// A fixed answer. Section `respond` of an upstream.
-#[derive(Debug, Clone, PartialEq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Respond")]
 pub struct Config {
     /// The status, 200 to 599. Default 200.
     pub status: u16,
     /// Header fields. `content-type` is set by `json` and `text` unless it stands here.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub headers: BTreeMap<FieldName, FieldValue>,
     /// The body as JSON. Not beside `text`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub json: Option<serde_json::Value>,
     /// The body as UTF-8 text. Not beside `json`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
 

@@ -1,6 +1,6 @@
 //! What the operator sees: one line per request, samples with bounded labels, and the admin port.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, process::Command};
 
 use serde_json::{Value, json};
 
@@ -254,4 +254,13 @@ async fn the_effective_configuration_is_shown_without_its_secrets() {
     let text = answer.text();
     assert!(!text.contains("hush-hush"), "{text}");
     assert!(text.contains(&backend.url()) && text.contains("\"all\""), "{text}");
+
+    let effective = &answer.json()["effective"];
+    assert_eq!(effective["limits"]["headers"], 100, "defaults are written out: {text}");
+    assert_eq!(effective["routes"][0]["timeouts"]["idle"], "5m", "and what routes inherit: {text}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("effective.yaml");
+    std::fs::write(&file, effective.to_string()).unwrap();
+    let checked = Command::new(env!("CARGO_BIN_EXE_sidegate")).arg("check").arg(&file).env_clear().output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
 }

@@ -56,7 +56,7 @@ use http::{
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
 use uuid::Uuid;
 
@@ -71,7 +71,7 @@ use crate::{
 };
 
 /// Whom to believe, and what to say of oneself. Section `hygiene`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "Hygiene")]
 pub struct Config {
