@@ -4,6 +4,9 @@
 //! first) before none; then the path, as [`Pattern::specificity`] orders it; then a given method before
 //! none; then more header conditions; then the order of the file.
 //!
+//! A route for `GET` takes `HEAD` too, which is a `GET` without the content (RFC 9110 §9.3.2): what holds for the one
+//! must hold for the other. Where two routes are as specific, the one that names `HEAD` takes it.
+//!
 //! A path can be written in many ways, and which of them a backend takes for the same is its own affair:
 //! `/%61dmin` is `/admin` to most. Sidegate forwards the bytes that came. So that no spelling dodges the
 //! policy of a route, a path that is not plain is matched in all its readings, and where they select
@@ -48,7 +51,7 @@ pub struct Match {
     /// The path: `/v1/models` itself, `/files/*` and all below it, or with `{parameters}` for segments.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<Pattern>,
-    /// The method, or a list of methods. A route for `GET` is not one for `HEAD`.
+    /// The method, or a list of methods. `GET` takes `HEAD` too, unless a route that is as specific names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<OneOrMany<MethodName>>,
     /// Header fields that must be there with this very value.
@@ -124,10 +127,13 @@ impl Match {
             && self.headers == other.headers
     }
 
+    fn names(&self, method: &Method) -> bool {
+        self.method.iter().flatten().any(|token| token.as_str() == method.as_str())
+    }
+
     fn accepts_all_but_path(&self, method: &Method, host: &[u8], headers: &HeaderMap) -> bool {
-        let method_fits =
-            self.method.as_ref().is_none_or(|all| all.iter().any(|token| token.as_str() == method.as_str()));
-        method_fits
+        let names = |method: &Method| self.names(method);
+        (self.method.is_none() || names(method) || *method == Method::HEAD && names(&Method::GET))
             && self.host.as_ref().is_none_or(|pattern| host_matches(pattern.as_bytes(), host))
             && self.headers.iter().all(|(name, value)| headers.get_all(name.get()).iter().any(|own| own == value.get()))
     }
@@ -164,6 +170,8 @@ fn host<B>(request: &http::Request<B>) -> &[u8] {
 #[derive(Debug)]
 pub struct Table<T> {
     routes: Vec<(Match, T)>,
+    /// The order for `HEAD`, as indices: of two routes as specific, one that names it comes first.
+    for_head: Vec<usize>,
     /// Whether any route asks for a host.
     hosts: bool,
     /// Whether any route asks for a path.
@@ -175,9 +183,14 @@ impl<T> Table<T> {
     #[must_use]
     pub fn new(mut routes: Vec<(Match, T)>) -> Self {
         routes.sort_by_cached_key(|(matches, _)| matches.rank());
+        let mut for_head: Vec<_> = (0..routes.len()).collect();
+        for_head.sort_by_cached_key(|at| {
+            let (matches, _) = &routes[*at];
+            (matches.rank(), !matches.names(&Method::HEAD))
+        });
         let hosts = routes.iter().any(|(matches, _)| matches.host.is_some());
         let paths = routes.iter().any(|(matches, _)| matches.path.is_some());
-        Self { routes, hosts, paths }
+        Self { routes, for_head, hosts, paths }
     }
 
     /// The route of a request, and its match.
@@ -193,6 +206,10 @@ impl<T> Table<T> {
                 matches.path.as_ref().is_none_or(|pattern| pattern.matches(path, form))
                     && matches.accepts_all_but_path(method, host, headers)
             };
+            if *method == Method::HEAD {
+                let fits = |at: &usize| self.routes.get(*at).is_some_and(|(matches, _)| fits(matches));
+                return self.for_head.iter().copied().find(fits);
+            }
             self.routes.iter().position(|(matches, _)| fits(matches))
         };
         let found = first(path, Form::Raw);
@@ -331,6 +348,27 @@ mod tests {
             selected(&table(&["{headers: {a: x}}", "{headers: {b: x}}"]), "GET /", &[("a", "x"), ("b", "x")]),
             Ok(0)
         );
+    }
+
+    #[test]
+    fn a_route_for_get_takes_head_unless_another_names_it() {
+        let get = "{method: GET, path: /a}";
+        let of = |routes: &[&str], line| selected(&table(routes), line, &[("x", "1"), ("y", "1")]);
+        assert_eq!(of(&["{}", get], "HEAD /a"), Ok(1));
+        assert_eq!(of(&[get], "HEAD /a"), Ok(0));
+        assert_eq!(of(&["{}", "{path: /a}", "{method: [PUT, GET], path: /a}"], "HEAD /a"), Ok(2));
+        assert_eq!(of(&["{}", "{method: POST}"], "HEAD /a"), Ok(0), "only GET has a HEAD");
+        assert_eq!(of(&["{method: HEAD}"], "GET /a"), Err(Kind::NoRoute), "not the other way round");
+
+        let named = "{method: [DELETE, HEAD], path: /a}";
+        for (routes, expected) in [([get, named], 1), ([named, get], 0)] {
+            assert_eq!(of(&routes, "HEAD /a"), Ok(expected));
+            assert_eq!(of(&routes, "GET /a"), Ok(1 - expected));
+        }
+        assert_eq!(of(&[get, "{method: HEAD, path: '/*'}"], "HEAD /a"), Ok(0), "less specific");
+        assert_eq!(of(&[get, "{method: HEAD, path: /a, headers: {x: '1'}}"], "HEAD /a"), Ok(1), "more specific");
+        let fields = ["{method: GET, headers: {x: '1'}}", "{method: [GET, HEAD], headers: {y: '1'}}"];
+        assert_eq!((of(&fields, "HEAD /a"), of(&fields, "GET /a")), (Ok(1), Ok(0)), "for GET the file's order");
     }
 
     #[test]

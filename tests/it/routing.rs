@@ -14,6 +14,7 @@ upstreams:
   host: { respond: { text: host } }
   hosts: { respond: { text: hosts } }
   admin: { respond: { status: 403, text: admin } }
+  read: { respond: { status: 204 } }
 routes:
   - upstream: any
   - { match: { path: /files/* }, upstream: below }
@@ -24,6 +25,7 @@ routes:
   - { match: { host: "*.example.com" }, upstream: hosts }
   - { match: { host: api.example.com }, upstream: host }
   - { match: { path: /admin/* }, upstream: admin }
+  - { match: { path: /read, method: GET }, upstream: read }
 "#;
 
 async fn routed(proxy: &Proxy, start: &str, fields: &str) -> String {
@@ -35,6 +37,10 @@ async fn routed(proxy: &Proxy, start: &str, fields: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_most_specific_route_takes_a_request() {
     let proxy = Proxy::start(ROUTES).await;
+    for method in ["GET", "HEAD"] {
+        let answer = proxy.ask(format!("{method} /read HTTP/1.1\r\nhost: a\r\n\r\n")).await;
+        assert_eq!(answer.status(), 204, "{method}");
+    }
     for (start, fields, expected) in [
         ("GET /", "", "any"),
         ("GET /files/list", "", "exact"),
