@@ -48,9 +48,18 @@ use tokio::{
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use super::{Handler, drain::Drain, proxy_protocol, tls::Tls};
-use crate::layers::timeouts;
-use crate::message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request};
+use super::{
+    Handler,
+    drain::Drain,
+    failures::{Failures, Slow, Ungreeted, reason},
+    proxy_protocol,
+    tls::Tls,
+};
+use crate::{
+    layers::timeouts,
+    message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request},
+    telemetry::metrics::ConnectionError,
+};
 
 /// What begins an HTTP/2 connection, RFC 9113 §3.4.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -144,10 +153,11 @@ pub(super) struct Shared<H> {
     http2: http2::Builder<TokioExecutor>,
     timing: Arc<Timing>,
     drain: Drain,
+    failures: Failures,
 }
 
 impl<H> Shared<H> {
-    pub(super) fn new(handler: H, limits: Limits, timing: Arc<Timing>, drain: Drain) -> Self {
+    pub(super) fn new(handler: H, limits: Limits, timing: Arc<Timing>, drain: Drain, failures: Failures) -> Self {
         // Room for the fields' names and separators that the limits do not count, and for what hyper reads ahead.
         let head = limits.header_bytes + limits.uri_bytes + (16 << 10);
         let mut http1 = http1::Builder::new();
@@ -170,7 +180,7 @@ impl<H> Shared<H> {
             .max_pending_accept_reset_streams(20)
             .max_local_error_reset_streams(256)
             .enable_connect_protocol();
-        Self { handler, http1, http2, timing, drain }
+        Self { handler, http1, http2, timing, drain, failures }
     }
 
     pub(super) fn drain(&self) -> &Drain {
@@ -370,11 +380,20 @@ impl Transport {
         }
         Ok(Box::pin(async move {
             let mut peer = peer;
-            if proxy_protocol && let Some(named) = proxy_protocol::read(&mut socket).await? {
+            if proxy_protocol
+                && let Some(named) = proxy_protocol::read(&mut socket).await.map_err(|refused| {
+                    // Load balancers look whether a port is open by connecting and leaving.
+                    let lost = matches!(refused, proxy_protocol::Refused::Lost(_));
+                    ((!lost).then_some(ConnectionError::ProxyProtocol), BoxError::from(refused))
+                })?
+            {
                 peer = named;
             }
             let Some(tls) = tls else { return Ok((Stream::Plain(socket), Facts::new(peer, false), None)) };
-            let stream = tls.accept(socket).await?;
+            let stream = tls.accept(socket).await.map_err(|error| {
+                let of_tls = error.kind() == io::ErrorKind::InvalidData;
+                (of_tls.then_some(ConnectionError::Tls), BoxError::from(error))
+            })?;
             let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
             Ok((Stream::Tls(Box::new(stream)), Facts::new(peer, true), Some(http2)))
         }))
@@ -382,7 +401,7 @@ impl Transport {
 }
 
 /// The stream that HTTP is spoken on, and whether ALPN chose HTTP/2 for it.
-type Greeting = Pin<Box<dyn Future<Output = Result<(Stream, Facts, Option<bool>), BoxError>> + Send>>;
+type Greeting = Pin<Box<dyn Future<Output = Result<(Stream, Facts, Option<bool>), Ungreeted>> + Send>>;
 
 /// A stream that HTTP is spoken on.
 enum Stream {
@@ -737,11 +756,11 @@ impl Drop for Tunnel {
 #[expect(clippy::large_enum_variant, reason = "the large one is the usual one; HTTP/2, larger still, is boxed")]
 enum State<H: Handler> {
     /// Before HTTP: the PROXY protocol, TLS.
-    Greeting(Greeting),
+    Greeting(Greeting, Peer),
     /// Waiting for the first bytes.
     First(Io, Facts, Option<bool>),
-    Http1(http1::UpgradeableConnection<TokioIo<Io>, Leaf<H>>),
-    Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>),
+    Http1(http1::UpgradeableConnection<TokioIo<Io>, Leaf<H>>, Facts),
+    Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>, Facts),
     Tunnel(Tunnel),
     Ended,
 }
@@ -783,6 +802,8 @@ enum Look {
     Again(Instant),
     Close,
     Drop(&'static str),
+    /// The same, for the client was too slow.
+    GiveUp(&'static str),
 }
 
 impl<H: Handler> Serve<H> {
@@ -800,7 +821,7 @@ impl<H: Handler> Serve<H> {
             _open: open,
         });
         let state = match transport.greet(socket, peer) {
-            Ok(greeting) => State::Greeting(greeting),
+            Ok(greeting) => State::Greeting(greeting, peer),
             Err(socket) => State::First(Io::new(Stream::Plain(socket), watch.clone()), Facts::new(peer, false), None),
         };
         Self {
@@ -820,23 +841,23 @@ impl<H: Handler> Serve<H> {
 
 impl<H: Handler> State<H> {
     fn http1(io: Io, facts: Facts, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Self {
-        let leaf = Leaf { shared: shared.clone(), facts, watch: watch.clone() };
-        Self::Http1(shared.http1.serve_connection(TokioIo::new(io), leaf).with_upgrades())
+        let leaf = Leaf { shared: shared.clone(), facts: facts.clone(), watch: watch.clone() };
+        Self::Http1(shared.http1.serve_connection(TokioIo::new(io), leaf).with_upgrades(), facts)
     }
 
     fn http2(io: Io, facts: Facts, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Self {
-        let leaf = Leaf { shared: shared.clone(), facts, watch: watch.clone() };
-        Self::Http2(Box::new(shared.http2.serve_connection(TokioIo::new(io), leaf)))
+        let leaf = Leaf { shared: shared.clone(), facts: facts.clone(), watch: watch.clone() };
+        Self::Http2(Box::new(shared.http2.serve_connection(TokioIo::new(io), leaf)), facts)
     }
 
     /// Moves the connection on; ready at its end.
     fn poll(&mut self, cx: &mut Context<'_>, shared: &Arc<Shared<H>>, watch: &Arc<Watch>) -> Poll<()> {
         loop {
             match self {
-                Self::Greeting(greeting) => match ready!(greeting.as_mut().poll(cx)) {
+                Self::Greeting(greeting, peer) => match ready!(greeting.as_mut().poll(cx)) {
                     Ok((stream, facts, alpn)) => *self = Self::First(Io::new(stream, watch.clone()), facts, alpn),
-                    Err(error) => {
-                        debug!(error = %error, "no connection");
+                    Err((why, error)) => {
+                        shared.failures.note(*peer, why, &*error);
                         *self = Self::Ended;
                     }
                 },
@@ -852,17 +873,21 @@ impl<H: Handler> State<H> {
                         Ok(None) | Err(_) => return Poll::Ready(()),
                     };
                 }
-                Self::Http1(connection) => {
+                Self::Http1(connection, facts) => {
                     let ended = ready!(Pin::new(connection).poll(cx));
                     if ended.is_ok() && watch.is(UPGRADED) {
                         *self = Self::Tunnel(Tunnel(watch.clone()));
                         continue;
                     }
-                    note(ended);
+                    if let Err(error) = ended {
+                        shared.failures.note(facts.peer(), reason(&error), &error);
+                    }
                     *self = Self::Ended;
                 }
-                Self::Http2(connection) => {
-                    note(ready!(Pin::new(connection).poll(cx)));
+                Self::Http2(connection, facts) => {
+                    if let Err(error) = ready!(Pin::new(connection).poll(cx)) {
+                        shared.failures.note(facts.peer(), reason(&error), &error);
+                    }
                     *self = Self::Ended;
                 }
                 Self::Tunnel(tunnel) => {
@@ -877,22 +902,24 @@ impl<H: Handler> State<H> {
         }
     }
 
+    /// Who is at the other end.
+    fn peer(&self) -> Option<Peer> {
+        match self {
+            Self::Greeting(_, peer) => Some(*peer),
+            Self::First(_, facts, _) | Self::Http1(_, facts) | Self::Http2(_, facts) => Some(facts.peer()),
+            Self::Tunnel(_) | Self::Ended => None,
+        }
+    }
+
     /// Says that no further request will be answered. False where there is nobody to say it to yet.
     fn close(&mut self) -> bool {
         match self {
-            Self::Greeting(_) | Self::First(..) => return false,
-            Self::Http1(connection) => Pin::new(connection).graceful_shutdown(),
-            Self::Http2(connection) => Pin::new(&mut **connection).graceful_shutdown(),
+            Self::Greeting(..) | Self::First(..) => return false,
+            Self::Http1(connection, _) => Pin::new(connection).graceful_shutdown(),
+            Self::Http2(connection, _) => Pin::new(&mut **connection).graceful_shutdown(),
             Self::Tunnel(_) | Self::Ended => {}
         }
         true
-    }
-}
-
-/// Errors of connections are the clients' affairs: they left, or did not speak HTTP.
-fn note(ended: hyper::Result<()>) {
-    if let Err(error) = ended {
-        debug!(error = %error, "connection broken off");
     }
 }
 
@@ -917,7 +944,7 @@ impl<H: Handler> Future for Serve<H> {
             }
             // Only an HTTP/1.1 head can arrive bit by bit unseen. Most heads come in one read and were handed on
             // by the poll above, so the clock is not asked for them.
-            if let (State::Http1(_), None, true, false) =
+            if let (State::Http1(..), None, true, false) =
                 (&this.state, *this.head, this.watch.is(READ), this.watch.is_busy())
             {
                 let now = if requests == 0 { this.watch.accepted } else { Instant::now() };
@@ -971,6 +998,12 @@ impl<H: Handler> Future for Serve<H> {
                     debug!(why, "connection closed");
                     return Poll::Ready(());
                 }
+                Look::GiveUp(why) => {
+                    if let Some(peer) = this.state.peer() {
+                        this.shared.failures.note(peer, Some(ConnectionError::Timeout), &Slow(why));
+                    }
+                    return Poll::Ready(());
+                }
             }
             *this.waker = None;
         }
@@ -983,7 +1016,7 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
     let (header, keepalive, idle) = (timing.client_header(), timing.keepalive(), timing.idle());
     let stalled = watch.stalled().map(|since| since + idle);
     if stalled.is_some_and(|due| now >= due) {
-        return Look::Drop("takes nothing of what is written");
+        return Look::GiveUp("takes nothing of what is written");
     }
     match ending {
         Ending::Fresh => return Look::Drop("drain"),
@@ -1007,9 +1040,10 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
     match state {
         // The head may come, and its request be over, long before the head would be late.
         _ if now < due => Look::Again(due.min(now + keepalive)),
-        State::Http1(_) if head.is_some() => Look::Drop(why),
-        State::Http1(_) | State::Http2(_) => Look::Close,
-        State::Greeting(_) | State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),
+        State::Http1(..) if head.is_some() => Look::GiveUp(why),
+        State::Http1(..) | State::Http2(..) => Look::Close,
+        State::Greeting(..) => Look::GiveUp("slow to greet"),
+        State::First(..) | State::Tunnel(_) | State::Ended => Look::Drop(why),
     }
 }
 
@@ -1028,13 +1062,13 @@ mod tests {
     };
 
     use super::*;
-    use crate::message::Response;
+    use crate::{message::Response, telemetry::metrics::ConnectionErrors};
 
     /// A connection whose far end the test holds, allowed 30 s for a head and 75 s between requests.
     fn serve(handler: impl Handler) -> (UnixStream, JoinHandle<()>, Drain) {
         let (client, server) = UnixStream::pair().unwrap();
-        let drain = Drain::new();
-        let shared = Arc::new(Shared::new(handler, Limits::default(), Arc::default(), drain.clone()));
+        let (drain, failures) = (Drain::new(), Failures::new(ConnectionErrors::default()));
+        let shared = Arc::new(Shared::new(handler, Limits::default(), Arc::default(), drain.clone(), failures));
         let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let open = Open::new(permit, Gauge::default());
         let transport = Transport::default();

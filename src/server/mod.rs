@@ -9,6 +9,7 @@
 
 pub mod connection;
 pub mod drain;
+mod failures;
 mod listener;
 mod proxy_protocol;
 pub mod reload;
@@ -36,6 +37,7 @@ use tracing::{info, warn};
 use self::{
     connection::{Limits, Shared, Timing},
     drain::{Drain, Shutdown},
+    failures::Failures,
     listener::Listener,
     reload::Reloads,
     tls::Tls,
@@ -172,7 +174,8 @@ impl Bound {
         let draining = Drain::new();
         let certificates = self.certificates();
         let open = Arc::new(Semaphore::new(self.connections.min(Semaphore::MAX_PERMITS)));
-        let shared = Arc::new(Shared::new(handler, self.limits, self.timing, draining.clone()));
+        let failures = Failures::new(process.connection_errors.clone());
+        let shared = Arc::new(Shared::new(handler, self.limits, self.timing, draining.clone(), failures));
         let mut chores = JoinSet::new();
         if !certificates.is_empty() {
             chores.spawn(look_at(certificates));

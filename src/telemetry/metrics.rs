@@ -59,6 +59,8 @@ pub struct Process {
     pub accepted: Counter,
     /// Connections that could not be accepted, most often for want of file descriptors.
     pub accept_errors: Counter,
+    /// Connections that failed before or between requests.
+    pub connection_errors: ConnectionErrors,
     /// Reloads that took effect.
     pub reloads: Counter,
     /// Reloads that were refused and changed nothing.
@@ -68,6 +70,55 @@ pub struct Process {
     /// No sample: whether the connections that are left are being cut, at the end of a drain. What ends from
     /// then on was ended by sidegate.
     pub cutting: Arc<AtomicBool>,
+}
+
+/// Why a client's connection failed before or between requests. No access line tells of it: there was no request
+/// yet that could have one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ConnectionError {
+    /// What came is no HTTP. Over HTTP/1.1 it is answered by a bare 400.
+    Malformed,
+    /// A head that is larger than any that is read: a bare 431 or 414.
+    TooLarge,
+    /// HTTP/2 was broken by the client, streams that it resets too often among it: GOAWAY.
+    Http2,
+    /// No TLS session came about.
+    Tls,
+    /// The PROXY protocol header is missing or malformed.
+    ProxyProtocol,
+    /// A head that was slow to arrive, or a client that took nothing of what was written.
+    Timeout,
+}
+
+impl ConnectionError {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Malformed, Self::TooLarge, Self::Http2, Self::Tls, Self::ProxyProtocol, Self::Timeout];
+
+    /// The label and the log field.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::TooLarge => "too_large",
+            Self::Http2 => "http2",
+            Self::Tls => "tls",
+            Self::ProxyProtocol => "proxy_protocol",
+            Self::Timeout => "timeout",
+        }
+    }
+}
+
+/// Failed connections by reason.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectionErrors(Family<Reason, Counter>);
+
+impl ConnectionErrors {
+    /// The count of one reason.
+    #[must_use]
+    pub fn of(&self, why: ConnectionError) -> Counter {
+        self.0.get_or_create(&Reason { reason: why.as_str() }).clone()
+    }
 }
 
 /// What ended an exchange before its end.
@@ -183,6 +234,12 @@ impl Metrics {
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
         all.register("accept_errors", "Client connections that could not be accepted", p.accept_errors.clone());
+        // Also those that never happen are shown, so that an alert has something to look at.
+        for why in ConnectionError::ALL {
+            drop(p.connection_errors.of(why));
+        }
+        let errors = "Client connections that failed before or between requests, by reason";
+        all.register("connection_errors", errors, p.connection_errors.0.clone());
         all.register("reloads", "Reloads that took effect", p.reloads.clone());
         all.register("reloads_refused", "Reloads that were refused", p.reloads_refused.clone());
         all.register("log_lines_dropped", "Log lines lost to a slow reader", p.log_lines_dropped.clone());
@@ -281,6 +338,11 @@ struct RouteClass {
 struct RouteBy {
     route: String,
     by: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -62,6 +62,31 @@ async fn an_http2_connection_without_requests_is_closed_after_keepalive() {
     eventually("the connection to close", async || proxy.sample("sidegate_connections").await == 0).await;
 }
 
+// What no access line tells.
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_request_is_counted_and_told_of_once_in_a_while() {
+    let backend = Recorder::ok().await;
+    let file = "defaults: { timeouts: { client_header: 300ms } }";
+    let proxy = Proxy::before(&backend.url(), file).await;
+    let long = format!("GET / HTTP/1.1\r\nhost: a\r\nx: {}\r\n\r\n", "x".repeat(256 << 10));
+    let frames = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x05\x04\0\0\0\0\0hello";
+    for (sent, reason) in
+        [("hello\r\n\r\n", "malformed"), (&*long, "too_large"), (frames, "http2"), ("GET / HTTP/1.1\r\nho", "timeout")]
+    {
+        let series = format!("sidegate_connection_errors_total{{reason=\"{reason}\"}}");
+        assert_eq!(proxy.sample(&series).await, 0, "{reason}");
+        let mut client = proxy.connect().await;
+        client.try_send(sent).await.ok();
+        client.rest().await;
+        eventually(reason, async || proxy.sample(&series).await == 1).await;
+    }
+    let line = proxy.line("connection failed").await;
+    assert_eq!((&line["level"], &line["reason"]), (&"info".into(), &"malformed".into()), "{line}");
+    assert!(line["peer"].as_str().is_some_and(|peer| peer.starts_with("127.0.0.1:")), "{line}");
+    assert_eq!(proxy.logged().matches("connection failed").count(), 1, "the others are within ten seconds");
+}
+
 // Limits.
 
 #[tokio::test(flavor = "multi_thread")]
