@@ -63,8 +63,9 @@ pub struct Config {
     /// From the request's last byte to the response's head; 504. Default `5m`, because a long completion
     /// that is not streamed sends nothing before its end; `off` waits for ever.
     pub first_byte: Toggle<HumanDuration>,
-    /// Silence within a response's body, or in both directions of a tunnel; the response is broken off.
-    /// Default `5m`; `off` waits for ever.
+    /// Silence within a response's body, or in both directions of a tunnel; the response is broken off. That
+    /// of `defaults` also bounds how long a client may take nothing of what is sent to it, over HTTP/2 on each
+    /// stream. Default `5m`; `off` waits for ever.
     pub idle: Toggle<HumanDuration>,
     /// From the request's head to the response's end; 504, or the response is broken off. Default `off`.
     pub total: Toggle<HumanDuration>,

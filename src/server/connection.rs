@@ -7,7 +7,7 @@
 //! Three waits are bounded: for a request's head (`client_header`, from the accept or from the head's first byte), for the
 //! next request (`keepalive`, from the end of the last response), and for a client that takes nothing of what is
 //! written to it (`idle` of the defaults; while it does not, nobody asks a response's body for more, so no timeout
-//! of the body's own can see it). hyper's own timer for the first is re-armed at
+//! of the body's own can see it; for a single stream of HTTP/2 see `streams`). hyper's own timer for the first is re-armed at
 //! every request; here one timer per connection is armed and looked at again when it fires, and requests only
 //! leave their marks in a record of their connection: two atomic additions and one look at the clock.
 //!
@@ -37,7 +37,7 @@ use hyper::{
     body::Incoming,
     server::conn::{http1, http2},
 };
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::rt::TokioIo;
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -53,6 +53,7 @@ use super::{
     drain::Drain,
     failures::{Failures, Slow, Ungreeted, reason},
     proxy_protocol,
+    streams::{Streams, asked},
     tls::Tls,
 };
 use crate::{
@@ -130,7 +131,7 @@ impl Timing {
     }
 
     /// How long a client may leave unread what was sent to it.
-    fn idle(&self) -> Duration {
+    pub(super) fn idle(&self) -> Duration {
         Duration::from_micros(self.idle.load(Ordering::Relaxed))
     }
 }
@@ -150,7 +151,7 @@ fn micros(duration: Duration) -> u64 {
 pub(super) struct Shared<H> {
     handler: H,
     http1: http1::Builder,
-    http2: http2::Builder<TokioExecutor>,
+    http2: http2::Builder<Streams>,
     timing: Arc<Timing>,
     drain: Drain,
     failures: Failures,
@@ -168,7 +169,7 @@ impl<H> Shared<H> {
             // Up to 100 fields hyper parses on its stack, which is cheaper.
             http1.max_headers(limits.headers + 28);
         }
-        let mut http2 = http2::Builder::new(TokioExecutor::new());
+        let mut http2 = http2::Builder::new(Streams(timing.clone()));
         http2
             .max_concurrent_streams(limits.http2_streams)
             .max_header_list_size(u32::try_from(head).unwrap_or(u32::MAX))
@@ -653,7 +654,7 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let response = ready!(this.future.poll(cx));
+        let response = ready!(asked(this.future.poll(cx)));
         let in_flight = this.in_flight.take().expect("polled once more after its end");
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             in_flight.0.set(UPGRADED);
@@ -727,7 +728,7 @@ impl<B: HttpBody> HttpBody for Counted<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         let this = self.project();
-        let polled = this.body.poll_frame(cx);
+        let polled = asked(this.body.poll_frame(cx));
         if let Poll::Ready(None) = polled {
             *this.ended = true;
         }
@@ -760,7 +761,7 @@ enum State<H: Handler> {
     /// Waiting for the first bytes.
     First(Io, Facts, Option<bool>),
     Http1(http1::UpgradeableConnection<TokioIo<Io>, Leaf<H>>, Facts),
-    Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>, Facts),
+    Http2(Box<http2::Connection<TokioIo<Io>, Leaf<H>, Streams>>, Facts),
     Tunnel(Tunnel),
     Ended,
 }
@@ -1051,9 +1052,10 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
 mod tests {
     use std::future::{pending, ready as now};
 
-    use futures_util::FutureExt;
+    use futures_util::{FutureExt, StreamExt, stream};
     use http::header::{CONNECTION, UPGRADE};
-    use http_body_util::Empty;
+    use http_body_util::{BodyExt, Empty, StreamBody};
+    use hyper_util::rt::TokioExecutor;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         sync::Semaphore,
@@ -1242,6 +1244,50 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_stream_of_http2_whose_window_stays_closed_is_given_up_and_others_go_on() {
+        let held = Arc::new(());
+        let holder = held.clone();
+        let handler = move |request: Request| {
+            let endless = request.uri().path() == "/endless";
+            let (held, pause) = (endless.then(|| holder.clone()), secs(if endless { 0 } else { 60 }));
+            let frames = stream::repeat(()).then(move |()| {
+                let held = held.clone();
+                sleep(pause).map(move |()| {
+                    drop(held);
+                    Ok::<_, Infallible>(Frame::data(Bytes::from_static(&[0; 4096])))
+                })
+            });
+            now(http::Response::new(StreamBody::new(frames)))
+        };
+        let (client, serving, _) = serve(handler);
+        let (mut send, connection) =
+            hyper::client::conn::http2::handshake::<_, _, Body>(TokioExecutor::new(), TokioIo::new(client))
+                .await
+                .unwrap();
+        tokio::spawn(connection);
+        let request = |path| http::Request::get(format!("http://a{path}")).body(Body::empty()).unwrap();
+        let mut ticks = send.send_request(request("/ticks")).await.unwrap().into_body();
+        let mut unread = send.send_request(request("/endless")).await.unwrap().into_body();
+        for _ in 0..4 {
+            ticks.frame().await.unwrap().unwrap();
+        }
+        assert_eq!(Arc::strong_count(&held), 3, "240 s: it may yet be read");
+        for _ in 0..2 {
+            ticks.frame().await.unwrap().unwrap();
+        }
+        assert_eq!(Arc::strong_count(&held), 2, "the response is dropped");
+        let end = loop {
+            match unread.frame().await {
+                Some(Ok(_)) => {}
+                end => break end,
+            }
+        };
+        assert!(end.is_some(), "it is seen as broken off");
+        ticks.frame().await.unwrap().unwrap();
+        assert!(!serving.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_drain_closes_at_once_what_rests() {
         let (mut client, serving, drain) = serve(hello);
         client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
@@ -1320,7 +1366,7 @@ mod tests {
     #[test]
     fn a_connection_is_small() {
         fn size<H: Handler>(_: H) -> (usize, usize) {
-            (size_of::<Serve<H>>(), size_of::<http2::Connection<TokioIo<Io>, Leaf<H>, TokioExecutor>>())
+            (size_of::<Serve<H>>(), size_of::<http2::Connection<TokioIo<Io>, Leaf<H>, Streams>>())
         }
         let (connection, http2) = size(|_: Request| pending::<http::Response<Empty<Bytes>>>());
         assert!(connection <= 1200, "{connection} bytes, and {http2} of HTTP/2 in a box of its own");
