@@ -1019,16 +1019,18 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
     if stalled.is_some_and(|due| now >= due) {
         return Look::GiveUp("takes nothing of what is written");
     }
+    // The end of an answer may lie unwritten when its body is long over.
+    let is_busy = watch.is_busy() || stalled.is_some();
     match ending {
         Ending::Fresh => return Look::Drop("drain"),
         Ending::Lingering => return Look::Drop("the rest of a request was too long"),
         // The client has to say something between GOAWAY and the end; a tunnel in a stream ends by itself.
-        Ending::Told if watch.is_busy() || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
+        Ending::Told if is_busy || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
         Ending::Told if head.is_none() && now >= watch.ended() + CLOSE_GRACE => return Look::Drop("slow to close"),
         Ending::Told if head.is_none() => return Look::Again(watch.ended() + CLOSE_GRACE),
         Ending::Told | Ending::No => {}
     }
-    if watch.is_busy() {
+    if is_busy {
         // Not before this can a silence that begins now be over.
         return Look::Again(stalled.unwrap_or(now + idle).min(now + keepalive));
     }
@@ -1165,6 +1167,18 @@ mod tests {
         sleep(secs(299)).await;
         assert!(!serving.is_finished());
         timeout(secs(2), serving).await.expect("it is not waited for").unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_is_slow_to_take_the_end_of_an_answer_gets_it() {
+        const LENGTH: usize = 2 << 20;
+        let (mut client, _serving, _) = serve(|_: Request| now(Response::new(Body::from(vec![b'x'; LENGTH]))));
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        // Longer than a connection may rest, but not longer than a client may leave an answer unread.
+        sleep(secs(200)).await;
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.len() > LENGTH, "{} bytes", answer.len());
     }
 
     #[tokio::test(start_paused = true)]
