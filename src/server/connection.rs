@@ -59,6 +59,7 @@ use super::{
 use crate::{
     layers::timeouts,
     message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request},
+    settings::listener::ProxyProtocol,
     telemetry::metrics::ConnectionError,
 };
 
@@ -369,17 +370,21 @@ impl Socket {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Transport {
     pub(super) tls: Option<Arc<Tls>>,
-    pub(super) proxy_protocol: bool,
+    pub(super) proxy_protocol: ProxyProtocol,
 }
 
 impl Transport {
     /// What stands before HTTP, or nothing. `client_header` bounds it, as it bounds the first request.
     fn greet(&self, mut socket: Socket, peer: Peer) -> Result<Greeting, Socket> {
-        let Self { tls, proxy_protocol } = self.clone();
-        if tls.is_none() && !proxy_protocol {
+        let proxy_protocol = self.proxy_protocol != ProxyProtocol::Off;
+        if self.tls.is_none() && !proxy_protocol {
             return Err(socket);
         }
+        let (tls, admitted) = (self.tls.clone(), self.proxy_protocol.admits(peer));
         Ok(Box::pin(async move {
+            if !admitted {
+                return Err((Some(ConnectionError::Untrusted), proxy_protocol::Refused::Untrusted.into()));
+            }
             let mut peer = peer;
             if proxy_protocol
                 && let Some(named) = proxy_protocol::read(&mut socket).await.map_err(|refused| {

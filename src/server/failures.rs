@@ -104,6 +104,6 @@ mod tests {
         failures.note(Peer::Unix, Some(ConnectionError::Malformed), &Slow("test"));
         failures.note(Peer::Unix, None, &Slow("test"));
         let counts = ConnectionError::ALL.map(|why| failures.counts.of(why).get());
-        assert_eq!(counts, [1, 0, 0, 0, 0, 0]);
+        assert_eq!(counts, [1, 0, 0, 0, 0, 0, 0]);
     }
 }

@@ -1,8 +1,9 @@
 //! Listeners: where connections come from, how many at once, and what happens when they cannot be accepted.
 
 use std::{
-    fs, io,
-    os::unix::fs::{FileTypeExt, MetadataExt},
+    fs::{self, Permissions},
+    io,
+    os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
     pin::pin,
     sync::Arc,
@@ -11,7 +12,7 @@ use std::{
 
 use futures_util::FutureExt;
 use tokio::{
-    net::{TcpListener, TcpSocket, UnixListener},
+    net::{TcpListener, TcpSocket, UnixListener, UnixSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinError, JoinSet},
     time::{Instant, sleep},
@@ -25,7 +26,7 @@ use super::{
 };
 use crate::{
     message::Peer,
-    settings::listener::{Address, Config},
+    settings::listener::{Address, Config, Mode},
     telemetry::metrics::Process,
 };
 
@@ -66,7 +67,7 @@ impl Listener {
                 (ListenSocket::Tcp(socket), address)
             }
             Address::Unix(path) => {
-                let (listener, file) = SocketFile::bind(&path)?;
+                let (listener, file) = SocketFile::bind(&path, config.mode)?;
                 (ListenSocket::Unix(listener, file), Address::Unix(path))
             }
         };
@@ -199,15 +200,21 @@ struct SocketFile {
 impl SocketFile {
     /// Binds `path`. A socket that a dead process left behind is replaced; one that answers, and anything that
     /// is no socket, stays and is an error.
-    fn bind(path: &Path) -> io::Result<(UnixListener, Self)> {
-        let listener = match UnixListener::bind(path) {
+    fn bind(path: &Path, mode: Option<Mode>) -> io::Result<(UnixListener, Self)> {
+        let socket = UnixSocket::new_stream()?;
+        match socket.bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_stale(path)? => {
                 fs::remove_file(path)?;
-                UnixListener::bind(path)
+                socket.bind(path)
             }
             bound => bound,
         }?;
-        Ok((listener, Self { path: path.to_owned(), identity: identity(path)? }))
+        let file = Self { path: path.to_owned(), identity: identity(path)? };
+        // Before anybody can connect: until it listens, a connection is refused.
+        if let Some(mode) = mode {
+            fs::set_permissions(path, Permissions::from_mode(mode.get()))?;
+        }
+        Ok((socket.listen(BACKLOG)?, file))
     }
 }
 

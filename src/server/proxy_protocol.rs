@@ -1,7 +1,7 @@
 //! The PROXY protocol, versions 1 and 2: who the client is, said by the load balancer before the first byte.
 //!
 //! Only where the listener asks for it, and then of every connection: to guess would let any client claim an address
-//! (§2 of HAProxy's `proxy-protocol.txt`). The header is read to its last byte and no further, so that
+//! (§2 of HAProxy's `proxy-protocol.txt`), and, where the listener says so, only from those who may. The header is read to its last byte and no further, so that
 //! what follows, TLS or HTTP, is untouched; `ppp` takes it apart. Version 2's `LOCAL` and version 1's `UNKNOWN`
 //! stand for the connection itself; a CRC32C that is given must be right.
 
@@ -31,6 +31,8 @@ pub(super) enum Refused {
     Malformed(&'static str),
     /// It ended, or broke off.
     Lost(io::Error),
+    /// Whoever connected may not say who the client is.
+    Untrusted,
 }
 
 impl fmt::Display for Refused {
@@ -38,6 +40,7 @@ impl fmt::Display for Refused {
         match self {
             Self::Missing => f.write_str("no PROXY protocol header"),
             Self::Malformed(why) => write!(f, "malformed PROXY protocol header: {why}"),
+            Self::Untrusted => f.write_str("the peer may not speak for clients: it is not in `proxy_protocol.from`"),
             Self::Lost(_) => f.write_str("the connection ended within the PROXY protocol header"),
         }
     }
@@ -47,7 +50,7 @@ impl std::error::Error for Refused {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Lost(error) => Some(error),
-            Self::Missing | Self::Malformed(_) => None,
+            Self::Missing | Self::Malformed(_) | Self::Untrusted => None,
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::{
     message::{Body, Response},
     settings::{
         drain,
-        listener::{self, Address},
+        listener::{self, Address, ProxyProtocol},
         tls,
     },
 };
@@ -212,7 +212,7 @@ async fn a_listener_that_asks_for_the_proxy_header_believes_it_and_refuses_other
         let peer = request.extensions().get::<crate::message::Connection>().unwrap().peer().to_string();
         std::future::ready(Response::new(Body::from(peer)))
     };
-    let listen = vec![listener::Config { proxy_protocol: true, ..loopback() }];
+    let listen = vec![listener::Config { proxy_protocol: ProxyProtocol::Anyone, ..loopback() }];
     let front = start_with(Server { listen, ..server() }, drain::Config::default(), peer).await;
     let mut client = front.connect().await;
     client.write_all(b"PROXY TCP4 203.0.113.7 10.0.0.1 4711 80\r\nGET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();

@@ -430,9 +430,7 @@ impl Settings {
             problems.add("listen", "is empty: name an address, as in `0.0.0.0:8080`");
         }
         for (n, listener) in self.listen.iter().enumerate() {
-            if let Some(tls) = &listener.tls {
-                problems.at(format!("{}.tls", key(n)), |problems| tls.check(problems));
-            }
+            problems.at(key(n), |problems| listener.check(problems));
             let mut earlier = self.listen.iter().take(n);
             if let Some(other) = earlier.find(|other| clash(&other.address, &listener.address)) {
                 problems.add(key(n), format!("`{}` clashes with the listener `{}`", listener.address, other.address));
@@ -627,7 +625,9 @@ mod tests {
     #[test]
     fn what_holds_is_a_file_that_means_the_same() {
         let text = "
-            listen: ['127.0.0.1:0', {address: 'unix:/tmp/a.sock'}]
+            listen:
+              - 127.0.0.1:0
+              - {address: 'unix:/tmp/a.sock', mode: '660', proxy_protocol: {from: [10.0.0.0/8, private]}}
             admin: {token: {env: PATH}}
             upstreams:
               api: {endpoints: [http://127.0.0.1:8000]}

@@ -86,14 +86,16 @@ pub enum ConnectionError {
     Tls,
     /// The PROXY protocol header is missing or malformed.
     ProxyProtocol,
+    /// Somebody who may not speak for clients connected where the PROXY protocol is spoken.
+    Untrusted,
     /// A head that was slow to arrive, or a client that took nothing of what was written.
     Timeout,
 }
 
 impl ConnectionError {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Malformed, Self::TooLarge, Self::Http2, Self::Tls, Self::ProxyProtocol, Self::Timeout];
+    pub const ALL: [Self; 7] =
+        [Self::Malformed, Self::TooLarge, Self::Http2, Self::Tls, Self::ProxyProtocol, Self::Untrusted, Self::Timeout];
 
     /// The label and the log field.
     #[must_use]
@@ -104,6 +106,7 @@ impl ConnectionError {
             Self::Http2 => "http2",
             Self::Tls => "tls",
             Self::ProxyProtocol => "proxy_protocol",
+            Self::Untrusted => "untrusted",
             Self::Timeout => "timeout",
         }
     }

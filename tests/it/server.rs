@@ -1,7 +1,7 @@
 //! Listeners and connections: sockets of every kind, TLS, the PROXY protocol, limits and patience; and the
 //! connections that sidegate opens itself.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
@@ -265,6 +265,44 @@ async fn the_proxy_protocol_names_the_client() {
         assert_eq!(client.answer().await.status(), 200, "{index}");
         assert_eq!(backend.requests()[index].head.get("x-forwarded-for"), Some(*client_ip));
         assert_eq!(proxy.access_line(&format!("proxied-{index}")).await["client_ip"], *client_ip);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_those_who_are_listed_may_name_the_client() {
+    let header = "PROXY TCP4 203.0.113.7 192.0.2.1 50000 80\r\n";
+    for (from, admitted) in [("private", true), ("[127.0.0.1]", true), ("[10.0.0.0/8, \"::1\"]", false)] {
+        let backend = Recorder::ok().await;
+        let file = format!("listen: {{ address: 127.0.0.1:0, proxy_protocol: {{ from: {from} }} }}");
+        let proxy = Proxy::before(&backend.url(), &file).await;
+        let mut client = proxy.connect().await;
+        client.try_send(format!("{header}{GET}")).await.ok();
+        if admitted {
+            assert_eq!(client.answer().await.status(), 200);
+            assert_eq!(backend.only().head.get("x-forwarded-for"), Some("203.0.113.7"));
+        } else {
+            client.ended().await;
+            assert!(backend.requests().is_empty());
+            let line = proxy.line("connection failed").await;
+            assert_eq!(line["reason"], "untrusted", "{line}");
+            assert_eq!(proxy.sample("sidegate_connection_errors_total{reason=\"untrusted\"}").await, 1);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_unix_socket_has_the_permissions_that_it_is_given() {
+    let folder = tempfile::tempdir().unwrap();
+    let backend = Recorder::ok().await;
+    for (mode, expected) in [("0600", 0o600), ("0660", 0o660), ("666", 0o666)] {
+        let path = folder.path().join(mode);
+        let file = format!("listen: [127.0.0.1:0, {{ address: \"unix:{}\", mode: \"{mode}\" }}]", path.display());
+        let proxy = Proxy::before(&backend.url(), &file).await;
+        proxy.line_where("listening", |line| line["address"].as_str().unwrap().starts_with("unix:")).await;
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, expected);
+        let mut client = Wire::new(UnixStream::connect(&path).await.unwrap());
+        client.send(GET).await;
+        assert_eq!(client.answer().await.status(), 200);
     }
 }
 

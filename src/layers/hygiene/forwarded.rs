@@ -60,6 +60,12 @@ impl TrustedProxies {
         (self.private && is_private(ip)) || self.networks.iter().any(|network| network.contains(&ip))
     }
 
+    /// Whether it is nobody.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        !self.private && self.networks.is_empty()
+    }
+
     /// Whether the other end of a connection is a trusted proxy. A Unix socket is one with `private` only.
     #[must_use]
     pub fn trusts(&self, peer: Peer) -> bool {
