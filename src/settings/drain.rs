@@ -14,7 +14,8 @@ pub struct Config {
     /// Default `0s`.
     pub delay: HumanDuration,
     /// How long requests and streams may run after that; then they are cut. Default `30s`. Kubernetes kills the
-    /// process after `terminationGracePeriodSeconds`, in which both must fit.
+    /// process after `terminationGracePeriodSeconds`, in which both must fit. A WebSocket is cut without a close
+    /// frame, which its client calls code 1006: what a tunnel carries is not looked into.
     pub timeout: HumanDuration,
 }
 
