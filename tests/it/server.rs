@@ -19,7 +19,7 @@ use tokio_rustls::{
 use crate::harness::{
     Backend, Ending, Proxy, Wire,
     backend::{Http2Backend, Recorder},
-    client::{self, Http2Client},
+    client::{self, Http2Client, RawHttp2},
     eventually, within,
 };
 
@@ -60,6 +60,31 @@ async fn an_http2_connection_without_requests_is_closed_after_keepalive() {
     let client = Http2Client::to(proxy.address()).await;
     assert_eq!(client.get("/").await.status(), 200);
     eventually("the connection to close", async || proxy.sample("sidegate_connections").await == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_of_http2_that_the_client_never_lets_flow_is_given_up() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "defaults: { timeouts: { idle: 300ms } }").await;
+    let mut client = RawHttp2::to(proxy.address()).await;
+    client.send(4, 0, 0, &[0, 4, 0, 0, 0, 0]).await; // SETTINGS_INITIAL_WINDOW_SIZE: 0
+    let fields: [(&[u8], &[u8]); 5] = [
+        (b":method", b"GET"),
+        (b":scheme", b"http"),
+        (b":path", b"/"),
+        (b":authority", b"a"),
+        (b"x-request-id", b"shut-1"),
+    ];
+    client.request(&fields, true).await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\nhello").await;
+    assert_eq!(client.frame().await.status(), Some(200));
+    let reset = client.frame().await;
+    assert_eq!((reset.kind, &*reset.payload), (client::RST_STREAM, &[0, 0, 0, 8][..]), "CANCEL");
+    upstream.ended().await;
+    let line = proxy.access_line("shut-1").await;
+    assert_eq!((&line["status"], &line["aborted_by"]), (&200.into(), &"client".into()), "{line}");
+    assert_eq!(proxy.sample("sidegate_connections").await, 1, "the connection goes on");
 }
 
 // What no access line tells.
