@@ -19,7 +19,7 @@
 //! ```
 
 use std::{
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -28,7 +28,10 @@ use bytes::Bytes;
 use http::{Request, Response, header::CONTENT_TYPE};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    task::unconstrained,
+    time::{Instant, Sleep, sleep_until},
+};
 use tower::{Layer, Service};
 
 use crate::message::{Body, BoxError, Error, Kind};
@@ -130,7 +133,8 @@ where
                 }
             })));
         }
-        ready!(this.sleep.poll(cx));
+        // Not by the task's budget, which an upstream that talks without pause uses up in each turn.
+        ready!(pin!(unconstrained(this.sleep)).poll(cx));
         Poll::Ready(Err(Error::from(Kind::DeadlineExceeded).into()))
     }
 }
@@ -179,7 +183,7 @@ where
 mod tests {
     use std::convert::Infallible;
 
-    use futures_util::stream;
+    use futures_util::{FutureExt, stream};
     use http_body_util::{BodyExt, StreamBody};
     use tower::{ServiceExt, service_fn};
 
@@ -230,5 +234,22 @@ mod tests {
         assert_eq!(end(false, false).await, (Some(Kind::DeadlineExceeded), 10));
         assert_eq!(end(false, true).await, (None, 60));
         assert_eq!(end(true, true).await, (Some(Kind::DeadlineExceeded), 10), "where it was asked for");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upstream_that_talks_without_pause_is_cut_all_the_same() {
+        let busy = service_fn(|_: Request<()>| async {
+            loop {
+                tokio::task::consume_budget().await;
+            }
+            #[expect(unreachable_code, reason = "says the type")]
+            Ok::<Response<Body>, Infallible>(Response::default())
+        });
+        let total = Duration::from_secs(10);
+        let mut answer = Box::pin(DeadlineLayer::new(total).layer(busy).oneshot(Request::new(())));
+        assert!(answer.as_mut().now_or_never().is_none());
+        tokio::time::advance(total).await;
+        let error = answer.now_or_never().expect("it is over").unwrap_err();
+        assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::DeadlineExceeded));
     }
 }

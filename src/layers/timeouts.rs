@@ -21,7 +21,7 @@
 //! ```
 
 use std::{
-    pin::Pin,
+    pin::{Pin, pin},
     sync::atomic::Ordering,
     task::{Context, Poll, ready},
     time::Duration,
@@ -33,7 +33,10 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::{
+    task::unconstrained,
+    time::{Instant, Sleep, sleep, sleep_until},
+};
 use tower::{Layer, Service};
 
 use crate::{
@@ -201,7 +204,9 @@ where
             return Poll::Ready(result.map_err(Into::into));
         }
         loop {
-            ready!(this.sleep.as_mut().poll(cx));
+            // Not by the task's budget: an upstream that talks without pause and never gets to its head
+            // (`100 Continue` without end) uses that up in each turn, and would never be late.
+            ready!(pin!(unconstrained(this.sleep.as_mut())).poll(cx));
             let received = this.upload.as_ref().map_or(0, |exchange| exchange.received().load(Ordering::Relaxed));
             if received == *this.seen {
                 return Poll::Ready(Err(Error::from(Kind::UpstreamTimeout).into()));
@@ -430,6 +435,21 @@ mod tests {
         advance(secs(29)).await;
         assert!(answer.as_mut().now_or_never().is_none(), "one second is left");
         advance(secs(2)).await;
+        assert_eq!(answer.now_or_never().unwrap().as_ref().map_err(kind).unwrap_err(), Some(Kind::UpstreamTimeout));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_upstream_that_talks_without_pause_is_late_all_the_same() {
+        let busy = service_fn(|_: Request<Body>| async {
+            loop {
+                tokio::task::consume_budget().await;
+            }
+            #[expect(unreachable_code, reason = "says the type")]
+            Ok::<Response<Body>, Infallible>(Response::default())
+        });
+        let mut answer = Box::pin(FirstByteLayer::new(secs(30)).layer(busy).oneshot(Request::new(Body::empty())));
+        assert!(answer.as_mut().now_or_never().is_none());
+        advance(secs(31)).await;
         assert_eq!(answer.now_or_never().unwrap().as_ref().map_err(kind).unwrap_err(), Some(Kind::UpstreamTimeout));
     }
 
