@@ -6,6 +6,7 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -195,6 +196,9 @@ fn demo(sources: Sources) -> ExitCode {
     }))
 }
 
+/// At the end, how long what waits in a system call, such as a look at the file or at a name server, may go on.
+const BLOCKED: Duration = Duration::from_secs(1);
+
 /// Runs `work` on as many threads as the configuration says.
 fn block_on<T>(settings: &Settings, work: impl Future<Output = Result<T, BoxError>>) -> Result<T, BoxError> {
     let threads = settings.threads().get();
@@ -204,7 +208,10 @@ fn block_on<T>(settings: &Settings, work: impl Future<Output = Result<T, BoxErro
         tokio::runtime::Builder::new_multi_thread()
     };
     let runtime = builder.worker_threads(threads).enable_all().build()?;
-    runtime.block_on(work)
+    let done = runtime.block_on(work);
+    // Whoever is asked to end must not wait for a file or a name server that does not answer.
+    runtime.shutdown_timeout(BLOCKED);
+    done
 }
 
 /// What `work` left behind, the log's guard, is dropped here, after the runtime: what the runtime's end cuts
