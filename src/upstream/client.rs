@@ -49,7 +49,7 @@ use tower::Service;
 
 use super::{
     Address,
-    connect::{self, Connector},
+    connect::{self, Connector, LastWord},
     gather::Gather,
     pool::Pool,
     tunnel,
@@ -421,7 +421,7 @@ impl Client {
 
     /// A new HTTP/1.1 connection.
     async fn open(&self) -> Result<Connection, Error> {
-        let io = self.dial().await?;
+        let io = LastWord::new(self.dial().await?);
         let failed = |error| Error::new(Kind::ConnectFailed, error);
         let (send, connection) = http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(failed)?;
         let mut connection = Connection { send, drive: Some(Box::pin(connection.with_upgrades())) };

@@ -2,7 +2,30 @@
 
 use rustix::process::Signal;
 
-use crate::harness::Proxy;
+use crate::harness::{Backend, Proxy};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_refusal_of_an_upload_arrives_although_the_backend_closes_on_it() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let upload = vec![b'x'; 1 << 20];
+    // It is a race between the answer and the reset behind it.
+    for turn in 0..20 {
+        let mut client = proxy.connect().await;
+        let ask = async {
+            client.send(format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", upload.len())).await;
+            client.try_send(&upload).await.ok();
+            client.answer().await
+        };
+        let refuse = async {
+            let (mut upstream, _) = backend.accept_head().await;
+            upstream.send("HTTP/1.1 413 Payload Too Large\r\ncontent-length: 2\r\n\r\nno").await;
+            upstream.leave(true);
+        };
+        let (answer, ()) = tokio::join!(ask, refuse);
+        assert_eq!((answer.status(), &*answer.text()), (413, "no"), "turn {turn}: {answer:?}");
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_does_not_answer_holds_up_no_end() {
