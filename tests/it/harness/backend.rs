@@ -266,6 +266,11 @@ impl BodySender {
         assert!(self.frame(Frame::data(data.into())).await, "the reader of the body is there");
     }
 
+    /// As [`data`](Self::data); whether the reader of the body is still there.
+    pub async fn try_data(&self, data: impl Into<Bytes>) -> bool {
+        self.frame(Frame::data(data.into())).await
+    }
+
     pub async fn trailers(self, trailers: HeaderMap) {
         assert!(self.frame(Frame::trailers(trailers)).await);
         self.finish();
@@ -303,6 +308,11 @@ impl Body for TestBody {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         self.0.poll_recv(cx)
+    }
+
+    /// So that a message without a body is sent as one.
+    fn is_end_stream(&self) -> bool {
+        self.0.is_closed() && self.0.is_empty()
     }
 }
 

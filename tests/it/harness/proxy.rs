@@ -193,6 +193,11 @@ impl Proxy {
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
+    /// How many file descriptors the process holds.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.id())).expect("/proc").count()
+    }
+
     /// The process.
     pub fn id(&self) -> u32 {
         self.child.id()
