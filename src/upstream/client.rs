@@ -8,7 +8,7 @@
 //!
 //! A request that a pooled connection did not take is sent again on another: it was never on the wire. One
 //! that was written to a pooled connection that the upstream had meanwhile closed is sent once more if it is
-//! idempotent and has no body (RFC 9112 §9.3.1).
+//! idempotent and has no body (RFC 9112 §9.3.1). So is, over HTTP/2, one that the upstream refused to begin with.
 
 use std::{
     future::poll_fn,
@@ -431,16 +431,22 @@ impl Client {
     }
 
     async fn http2(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
-        let mut fresh = false;
+        let (mut fresh, mut spent) = (false, false);
         loop {
             let mut send = self.multiplexed(&mut fresh).await?;
+            let again = (!spent && request.body().is_end_stream() && request.method() != Method::CONNECT)
+                .then(|| (request.method().is_idempotent(), copy(&request)));
             let mut error = match send.try_send_request(request).await {
                 Ok(response) => return Ok((response, Lease::Http2 { _endpoint: self.endpoint.clone() })),
                 Err(error) => error,
             };
-            request = match error.take_message() {
+            request = match (error.take_message(), again) {
                 // The connection was going away. A new one is not excused.
-                Some(request) if !fresh => request,
+                (Some(request), _) if !fresh => request,
+                (None, Some((idempotent, request))) if refused(error.error(), idempotent) => {
+                    (fresh, spent) = (false, true);
+                    request
+                }
                 _ => return Err(broken(error.into_error())),
             };
         }
@@ -598,6 +604,19 @@ fn closed_before(error: &hyper::Error) -> bool {
         .and_then(|source| source.downcast_ref::<io::Error>())
         .is_some_and(|error| matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe));
     error.is_incomplete_message() || error.is_canceled() || reset
+}
+
+/// Whether an HTTP/2 upstream has refused a request that may therefore be sent again: any that it says it has not
+/// begun with (RFC 9113 §8.7), and one that is `idempotent` where it goes away. (That may mean that it has not
+/// begun, too, but which streams it has begun with is not told.)
+fn refused(error: &hyper::Error, idempotent: bool) -> bool {
+    use std::error::Error as _;
+    let error = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
+    error.is_some_and(|error| {
+        error.is_remote()
+            && (error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM)
+                || error.is_go_away() && idempotent)
+    })
 }
 
 /// What a failed exchange with the upstream is to the layers outside.

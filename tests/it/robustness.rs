@@ -20,7 +20,7 @@ use tokio::{
 use crate::harness::{
     Backend, Proxy, Wire,
     backend::Recorder,
-    client::{CONTINUATION, DATA, HEADERS, Http2Client, PING, RawHttp2, SETTINGS},
+    client::{CONTINUATION, DATA, GOAWAY, HEADERS, Http2Client, PING, RST_STREAM, RawHttp2, SETTINGS},
     eventually, within,
 };
 
@@ -424,6 +424,32 @@ async fn a_backend_that_restarts_under_load_costs_no_get() {
         });
     }
     clients.join_all().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_http2_upstream_has_not_begun_with_is_sent_again() {
+    let (reset, no_stream): (Frame, Frame) = ((RST_STREAM, 0, 1, &[0, 0, 0, 7]), (GOAWAY, 0, 0, &[0; 8]));
+    for (method, (kind, flags, stream, payload), again) in
+        [("GET", reset, true), ("POST", reset, true), ("GET", no_stream, true), ("POST", no_stream, false)]
+    {
+        let backend = Backend::start().await;
+        let yaml = "upstreams: { api: { endpoints: [\"UPSTREAM\"], protocol: http2 } }";
+        let proxy = Proxy::before(&backend.url(), yaml).await;
+        let mut client = proxy.connect().await;
+        client.send(format!("{method} / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n")).await;
+        let mut upstream = RawHttp2::serving(backend.accept().await).await;
+        upstream.frame().await;
+        upstream.send(kind, flags, stream, payload).await;
+        if again {
+            let mut second = if kind == GOAWAY { RawHttp2::serving(backend.accept().await).await } else { upstream };
+            let stream = if kind == GOAWAY { 1 } else { 3 };
+            assert_eq!(second.frame_of(stream).await.kind, HEADERS, "{method}, {kind}");
+            second.send(HEADERS, 5, stream, &[0x89]).await;
+            assert_eq!(client.answer().await.status(), 204, "{method}, {kind}");
+        } else {
+            assert_eq!(client.answer().await.status(), 502, "it may have had an effect");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -138,8 +138,20 @@ impl RawHttp2 {
         self.0.try_send(frame).await.ok();
     }
 
+    /// The server's end of a connection that the test has accepted.
+    pub async fn serving(mut wire: Wire) -> Self {
+        wire.exactly(24).await;
+        wire.send(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00").await;
+        Self(wire)
+    }
+
     /// The next frame of stream 1, or a GOAWAY. SETTINGS are acknowledged, others passed over.
     pub async fn frame(&mut self) -> RawFrame {
+        self.frame_of(1).await
+    }
+
+    /// As [`frame`](Self::frame), of another stream.
+    pub async fn frame_of(&mut self, wanted: u32) -> RawFrame {
         loop {
             let head = self.0.exactly(9).await;
             let length = usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2]);
@@ -148,7 +160,7 @@ impl RawHttp2 {
             if frame.kind == 4 && frame.flags == 0 {
                 self.send(4, 1, 0, &[]).await;
             }
-            if frame.stream == 1 && frame.kind != 8 || frame.kind == GOAWAY {
+            if frame.stream == wanted && frame.kind != 8 || frame.kind == GOAWAY {
                 return frame;
             }
         }
