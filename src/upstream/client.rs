@@ -433,7 +433,9 @@ impl Client {
     async fn http2(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
         let (mut fresh, mut spent) = (false, false);
         loop {
-            let mut send = self.multiplexed(&mut fresh).await?;
+            // All of it: the wait for somebody else's attempt, too, so that attempts which fail do not add up.
+            let send = timeout(self.connect, self.multiplexed(&mut fresh)).await;
+            let mut send = send.map_err(|late| Error::new(Kind::ConnectFailed, late))??;
             let again = (!spent && request.body().is_end_stream() && request.method() != Method::CONNECT)
                 .then(|| (request.method().is_idempotent(), copy(&request)));
             let mut error = match send.try_send_request(request).await {
@@ -863,7 +865,9 @@ fn handshake_key() -> HeaderValue {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use futures_util::future::join_all;
+    use tokio::{net::TcpListener, time::Instant};
+    use tower::ServiceExt;
 
     use super::*;
 
@@ -879,5 +883,25 @@ mod tests {
         let failed = timeout(Duration::from_secs(5), connection.exchange(request)).await.expect("no hang");
         assert!(failed.unwrap_err().take_message().is_some(), "nothing of it was sent");
         assert!(!poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_the_attempt_of_another_waits_no_longer_than_for_its_own() {
+        // It takes connections, and says nothing.
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("https://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let ca = folder.path().join("ca.pem");
+        let certificate = rcgen::generate_simple_self_signed(["a".to_owned()]).unwrap();
+        std::fs::write(&ca, certificate.cert.pem()).unwrap();
+        let config = Config { protocol: Protocol::Http2, tls: Tls { ca: Some(ca) }, ..Config::default() };
+        let client = Client::new("api", &address, &config, &Metrics::default()).unwrap();
+        let begun = Instant::now();
+        let ask = || client.clone().oneshot(http::Request::get("/").body(Body::empty()).unwrap());
+        for answer in join_all([ask(), ask(), ask()]).await {
+            let error = answer.err().expect("nobody is there");
+            assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::ConnectFailed));
+        }
+        assert_eq!(begun.elapsed().as_secs(), 5);
     }
 }
