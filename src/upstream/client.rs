@@ -14,7 +14,10 @@ use std::{
     future::poll_fn,
     mem,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker, ready},
     time::Duration,
 };
@@ -43,13 +46,13 @@ use serde::{Deserialize, Serialize, de};
 use tokio::{
     sync::Mutex,
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tower::Service;
 
 use super::{
     Address,
-    connect::{self, Connector, LastWord},
+    connect::{self, Connector, Heard, LastWord},
     gather::Gather,
     pool::Pool,
     tunnel,
@@ -199,7 +202,7 @@ struct Endpoint {
     own_host: HeaderValue,
     connector: Connector,
     pool: Arc<Pool<Connection>>,
-    shared: Mutex<Option<(http2::SendRequest<Body>, Task)>>,
+    shared: Mutex<Option<(Multiplexed, Task)>>,
     metrics: EndpointMetrics,
     _sweep: Task,
 }
@@ -227,6 +230,45 @@ impl Connection {
     fn poll_usable(&mut self, cx: &mut Context<'_>) -> bool {
         self.drive(cx);
         self.drive.is_some() && self.send.is_ready()
+    }
+}
+
+/// The side of an HTTP/2 connection that takes requests.
+#[derive(Clone)]
+struct Multiplexed {
+    send: http2::SendRequest<Body>,
+    /// How often something was heard over it.
+    reads: Arc<AtomicU64>,
+    /// A request has waited in vain and nothing was heard: it takes no more.
+    deaf: Arc<AtomicBool>,
+}
+
+/// After this long without an answer, and without any sign of the upstream, a request that is given up takes
+/// its HTTP/2 connection with it, for those to come.
+const DEAF: Duration = Duration::from_secs(1);
+
+/// A request over HTTP/2 that waits for its answer.
+///
+/// A peer that vanished without a word is not seen for as long as TCP tries again, a quarter of an hour, and all
+/// requests would go the same way. A connection where one waited in vain is therefore left to the streams that
+/// it has. PINGs would tell more, but servers of gRPC take them amiss.
+struct Waiting {
+    on: Multiplexed,
+    since: Instant,
+    reads: u64,
+}
+
+impl Waiting {
+    fn new(on: Multiplexed) -> Self {
+        Self { since: Instant::now(), reads: on.reads.load(Ordering::Relaxed), on }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if self.on.reads.load(Ordering::Relaxed) == self.reads && self.since.elapsed() >= DEAF {
+            self.on.deaf.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -434,11 +476,14 @@ impl Client {
         let (mut fresh, mut spent) = (false, false);
         loop {
             // All of it: the wait for somebody else's attempt, too, so that attempts which fail do not add up.
-            let send = timeout(self.connect, self.multiplexed(&mut fresh)).await;
-            let mut send = send.map_err(|late| Error::new(Kind::ConnectFailed, late))??;
+            let connection = timeout(self.connect, self.multiplexed(&mut fresh)).await;
+            let mut connection = connection.map_err(|late| Error::new(Kind::ConnectFailed, late))??;
             let again = (!spent && request.body().is_end_stream() && request.method() != Method::CONNECT)
                 .then(|| (request.method().is_idempotent(), copy(&request)));
-            let mut error = match send.try_send_request(request).await {
+            let waiting = Waiting::new(connection.clone());
+            let answer = connection.send.try_send_request(request).await;
+            drop(waiting);
+            let mut error = match answer {
                 Ok(response) => return Ok((response, Lease::Http2 { _endpoint: self.endpoint.clone() })),
                 Err(error) => error,
             };
@@ -455,15 +500,17 @@ impl Client {
     }
 
     /// The HTTP/2 connection, opened by whoever needs it first while the others wait; `fresh` if it is new.
-    async fn multiplexed(&self, fresh: &mut bool) -> Result<http2::SendRequest<Body>, Error> {
+    async fn multiplexed(&self, fresh: &mut bool) -> Result<Multiplexed, Error> {
         let mut shared = self.endpoint.shared.lock().await;
-        if let Some((send, _)) = &*shared
-            && !send.is_closed()
+        if let Some((connection, _)) = &*shared
+            && !connection.send.is_closed()
+            && !connection.deaf.load(Ordering::Relaxed)
         {
-            return Ok(send.clone());
+            return Ok(connection.clone());
         }
         *fresh = true;
-        let io = self.dial().await?;
+        let reads = Arc::default();
+        let io = Heard::new(self.dial().await?, Arc::clone(&reads));
         let (send, connection) = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .initial_stream_window_size(1 << 20)
@@ -477,8 +524,10 @@ impl Client {
                 tracing::debug!(endpoint = %name, error = chain(&error), "upstream connection broke");
             }
         });
-        *shared = Some((send.clone(), task));
-        Ok(send)
+        let connection = Multiplexed { send, reads, deaf: Arc::default() };
+        // The streams of the one before go on without its task.
+        *shared = Some((connection.clone(), task));
+        Ok(connection)
     }
 
     async fn dial(&self) -> Result<connect::Io, Error> {
@@ -866,7 +915,7 @@ fn handshake_key() -> HeaderValue {
 #[cfg(test)]
 mod tests {
     use futures_util::future::join_all;
-    use tokio::{net::TcpListener, time::Instant};
+    use tokio::net::TcpListener;
     use tower::ServiceExt;
 
     use super::*;

@@ -453,6 +453,31 @@ async fn what_an_http2_upstream_has_not_begun_with_is_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_http2_connection_that_has_gone_silent_takes_one_request_with_it_and_no_more() {
+    let backend = Backend::start().await;
+    let yaml = "upstreams: { api: { endpoints: [\"UPSTREAM\"], protocol: http2 } }
+defaults: { timeouts: { first_byte: 1100ms } }";
+    let proxy = Proxy::before(&backend.url(), yaml).await;
+    let get = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    let mut client = proxy.connect().await;
+    client.send(get).await;
+    let mut silent = RawHttp2::serving(backend.accept().await).await;
+    assert_eq!(silent.frame().await.kind, HEADERS);
+    silent.send(HEADERS, 5, 1, &[0x89]).await;
+    assert_eq!(client.answer().await.status(), 204);
+    client.send(get).await;
+    assert_eq!(silent.frame_of(3).await.kind, HEADERS);
+    assert_eq!(client.answer().await.status(), 504);
+
+    client.send(get).await;
+    let mut upstream = RawHttp2::serving(backend.accept().await).await;
+    assert_eq!(upstream.frame().await.kind, HEADERS);
+    upstream.send(HEADERS, 5, 1, &[0x89]).await;
+    assert_eq!(client.answer().await.status(), 204);
+    silent.gone().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_refusal_of_an_upload_arrives_although_the_backend_closes_on_it() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), "").await;
