@@ -139,8 +139,10 @@ async fn running_out_of_file_descriptors_is_survived() {
     let backend = Recorder::ok().await;
     let proxy = Proxy::before(&backend.url(), "").await;
     assert_eq!(proxy.get("/").await.status(), 200);
-    // Opened before the limit falls: `/metrics` must stay readable.
+    // Accepted before the limit falls: `/metrics` must stay readable.
     let mut operator = Wire::to(proxy.admin().await).await;
+    operator.send("GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+    assert_eq!(operator.answer().await.status(), 200);
     let pid = Pid::from_raw(i32::try_from(proxy.id()).unwrap());
     let limit = |current| prlimit(pid, Resource::Nofile, Rlimit { current: Some(current), maximum: Some(4096) });
     let open = fs::read_dir(format!("/proc/{}/fd", proxy.id())).unwrap().count() as u64;
