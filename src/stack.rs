@@ -26,7 +26,7 @@ use crate::{
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
-    message::{Body, BoxError, HttpService},
+    message::{Body, BoxError, HttpService, Request, Response},
     registry::Registry,
     route::{Routes, Table, Target},
     settings::{Defaults, Route, Settings},
@@ -59,15 +59,15 @@ impl Stack {
                 (Some(endpoints), _) => {
                     let address = endpoints.iter().next().ok_or_else(|| place("it has no endpoint".into()))?;
                     let client = registry.client(&own.upstream, upstream, address).map_err(place)?;
-                    attempt(&policies, client)
+                    route(own, &policies, &settings.defaults, attempt(&policies, client))
                 }
-                (None, Some(respond)) => HttpService::new(Respond::new(own.upstream.as_str().into(), respond)),
+                (None, Some(respond)) => {
+                    let respond = Respond::new(own.upstream.as_str().into(), respond);
+                    route(own, &policies, &settings.defaults, respond)
+                }
                 (None, None) => return Err(place("it has neither `endpoints` nor `respond`".into())),
             };
-            let target = Target {
-                metrics: registry.metrics().route(&own.name()),
-                service: route(own, &policies, &settings.defaults, service),
-            };
+            let target = Target { metrics: registry.metrics().route(&own.name()), service };
             routes.push((own.matches.clone(), target));
         }
         registry.retain(&settings.upstreams);
@@ -155,7 +155,7 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
 }
 
 /// Around the upstream of one route.
-fn route(own: &Route, policies: &Defaults, defaults: &Defaults, upstream: HttpService) -> HttpService {
+fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, upstream: S) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
     // Its own form of errors; and what decorates responses must see its errors as responses.
     let errors = (headers.is_some() || policies.errors != defaults.errors).then(|| {
@@ -179,15 +179,24 @@ fn route(own: &Route, policies: &Defaults, defaults: &Defaults, upstream: HttpSe
 }
 
 /// Around one endpoint.
-fn attempt(policies: &Defaults, client: Client) -> HttpService {
+fn attempt(policies: &Defaults, client: Client) -> impl Endpoint {
     let timeouts = &policies.timeouts;
-    HttpService::new(
-        ServiceBuilder::new()
-            .map_response(|response: http::Response<_>| response.map(Body::new))
-            .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
-            .layer(IdleLayer::new(duration(timeouts.idle)))
-            .service(client.with_connect_timeout(timeouts.connect.get())),
-    )
+    ServiceBuilder::new()
+        .map_response(|response: http::Response<_>| response.map(Body::new))
+        .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
+        .layer(IdleLayer::new(duration(timeouts.idle)))
+        .service(client.with_connect_timeout(timeouts.connect.get()))
+}
+
+/// What the layers of a route stand around.
+trait Endpoint:
+    Service<Request, Response = Response, Error = BoxError, Future: Send + 'static> + Clone + Send + Sync + 'static
+{
+}
+
+impl<S> Endpoint for S where
+    S: Service<Request, Response = Response, Error = BoxError, Future: Send + 'static> + Clone + Send + Sync + 'static
+{
 }
 
 fn duration(toggle: Toggle<HumanDuration>) -> Option<Duration> {

@@ -7,19 +7,16 @@ mod ext;
 pub mod forwarded;
 pub mod headers;
 pub mod path;
-
-use tower::util::BoxCloneSyncService;
+mod service;
 
 pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
     ext::{Connection, Peer, RequestId, TunnelIdle},
+    service::{HttpService, ResponseFuture},
 };
 
 /// A request on its way through the layers.
 pub type Request = http::Request<Body>;
 /// A response on its way back.
 pub type Response = http::Response<Body>;
-/// A service behind one of the three joints at which types are erased: front/route, route/upstream
-/// and attempt/endpoint.
-pub type HttpService = BoxCloneSyncService<Request, Response, BoxError>;
