@@ -362,11 +362,11 @@ impl Service<Request> for Client {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request) -> Self::Future {
+    fn call(&mut self, mut request: Request) -> Self::Future {
         let client = self.clone();
         Box::pin(async move {
             let mut attempt = Attempt { metrics: &client.endpoint.metrics, over: false };
-            let result = client.send(request).await;
+            let result = client.send(&mut request).await;
             attempt.over = true;
             match &result {
                 Ok(_) => attempt.metrics.answered.inc(),
@@ -392,17 +392,18 @@ impl Drop for Attempt<'_> {
 }
 
 impl Client {
-    async fn send(&self, mut request: Request) -> Result<http::Response<ResponseBody>, Error> {
+    /// The request is lent, all the way down: a future that is handed it keeps a place for it.
+    async fn send(&self, request: &mut Request) -> Result<http::Response<ResponseBody>, Error> {
         let endpoint = &*self.endpoint;
-        let exchange = Exchange::of(&request).cloned();
+        let exchange = Exchange::of(request).cloned();
         if let Some(exchange) = &exchange {
             let mut facts = exchange.facts();
             facts.upstream = Some(endpoint.upstream.clone());
             facts.endpoint = Some(endpoint.name.clone());
         }
-        let upgrade = Upgrade::of(&mut request, endpoint.protocol, exchange);
-        let progress = track(&mut request);
-        endpoint.address(&mut request)?;
+        let upgrade = Upgrade::of(request, endpoint.protocol, exchange);
+        let progress = track(request);
+        endpoint.address(request)?;
         let (mut response, mut lease) = match endpoint.protocol {
             Protocol::Http1 => self.http1(request).await?,
             // Boxed, as is `open`: what is rare must not make the future of every request larger.
@@ -432,7 +433,7 @@ impl Client {
         Ok(response.map(|incoming| ResponseBody::new(incoming, lease)))
     }
 
-    async fn http1(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
+    async fn http1(&self, request: &mut Request) -> Result<(http::Response<Incoming>, Lease), Error> {
         let endpoint = &self.endpoint;
         let mut spent = false;
         loop {
@@ -442,22 +443,21 @@ impl Client {
                 Some(connection) => connection,
                 None => Box::pin(self.open()).await?,
             };
-            let again = (reused && may_repeat(&request)).then(|| copy(&request));
-            let mut error = match connection.exchange(request).await {
+            let kept = reused && may_repeat(request);
+            let outgoing = if kept { copy(request) } else { mem::take(request) };
+            let mut error = match connection.exchange(outgoing).await {
                 Ok(response) => return Ok((response, Lease::Http1 { connection, pool: endpoint.pool.clone() })),
                 Err(error) if !reused => return Err(broken(error.into_error())),
                 Err(error) => error,
             };
-            request = match (error.take_message(), again) {
+            match error.take_message() {
                 // It was never on the wire: any request may be sent again.
-                (Some(request), _) => request,
-                (None, Some(request)) if closed_before(error.error()) => {
-                    // Once: other pooled connections are as likely to be stale.
-                    spent = true;
-                    request
-                }
-                _ => return Err(broken(error.into_error())),
-            };
+                Some(unsent) if !kept => *request = unsent,
+                Some(_) => {}
+                // Once: other pooled connections are as likely to be stale.
+                None if kept && closed_before(error.error()) => spent = true,
+                None => return Err(broken(error.into_error())),
+            }
         }
     }
 
@@ -472,30 +472,31 @@ impl Client {
         Ok(connection)
     }
 
-    async fn http2(&self, mut request: Request) -> Result<(http::Response<Incoming>, Lease), Error> {
+    async fn http2(&self, request: &mut Request) -> Result<(http::Response<Incoming>, Lease), Error> {
         let (mut fresh, mut spent) = (false, false);
         loop {
             // All of it: the wait for somebody else's attempt, too, so that attempts which fail do not add up.
             let connection = timeout(self.connect, self.multiplexed(&mut fresh)).await;
             let mut connection = connection.map_err(|late| Error::new(Kind::ConnectFailed, late))??;
-            let again = (!spent && request.body().is_end_stream() && request.method() != Method::CONNECT)
-                .then(|| (request.method().is_idempotent(), copy(&request)));
+            let kept = !spent && request.body().is_end_stream() && request.method() != Method::CONNECT;
+            let outgoing = if kept { copy(request) } else { mem::take(request) };
             let waiting = Waiting::new(connection.clone());
-            let answer = connection.send.try_send_request(request).await;
+            let answer = connection.send.try_send_request(outgoing).await;
             drop(waiting);
             let mut error = match answer {
                 Ok(response) => return Ok((response, Lease::Http2 { _endpoint: self.endpoint.clone() })),
                 Err(error) => error,
             };
-            request = match (error.take_message(), again) {
+            match error.take_message() {
                 // The connection was going away. A new one is not excused.
-                (Some(request), _) if !fresh => request,
-                (None, Some((idempotent, request))) if refused(error.error(), idempotent) => {
+                Some(_) if fresh => return Err(broken(error.into_error())),
+                Some(unsent) if !kept => *request = unsent,
+                Some(_) => {}
+                None if kept && refused(error.error(), request.method().is_idempotent()) => {
                     (fresh, spent) = (false, true);
-                    request
                 }
-                _ => return Err(broken(error.into_error())),
-            };
+                None => return Err(broken(error.into_error())),
+            }
         }
     }
 
@@ -543,13 +544,23 @@ impl Client {
 
 impl Connection {
     /// Sends a request and drives the connection until the head of the response is there.
-    async fn exchange(&mut self, request: Request) -> Result<http::Response<Incoming>, TrySendError<Request>> {
-        let mut response = pin!(self.send.try_send_request(request));
-        poll_fn(|cx| {
-            self.drive(cx);
-            response.as_mut().poll(cx)
-        })
-        .await
+    fn exchange(
+        &mut self,
+        request: Request,
+    ) -> impl Future<Output = Result<http::Response<Incoming>, TrySendError<Request>>> {
+        let response = self.send.try_send_request(request);
+        async move {
+            // What else has come in meanwhile goes through the layers first, and then all of it is written: code
+            // that many requests run through one after the other stays in the processor's cache, and the
+            // upstream is woken once for many.
+            tokio::task::yield_now().await;
+            let mut response = pin!(response);
+            poll_fn(|cx| {
+                self.drive(cx);
+                response.as_mut().poll(cx)
+            })
+            .await
+        }
     }
 }
 
