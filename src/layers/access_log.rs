@@ -43,7 +43,7 @@ use crate::{
     message::{Body, BoxError, Error, Fault, Kind},
     telemetry::{
         Exchange, Metrics,
-        log::{Writer, timestamp},
+        log::{Writer, timestamp, write_timestamp},
         metrics::{AbortedBy, RouteMetrics},
     },
 };
@@ -361,7 +361,7 @@ impl Line<'_> {
     /// Written by hand: a third of what a derived `Serialize` with as many optional fields takes.
     fn json(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(b"{\"ts\":\"");
-        put(out, format_args!("{}", timestamp()));
+        write_timestamp(out);
         out.extend_from_slice(b"\",\"level\":\"");
         out.extend_from_slice(self.level.as_bytes());
         out.extend_from_slice(b"\",\"msg\":\"request\"");
@@ -369,7 +369,8 @@ impl Line<'_> {
         field(out, "session_id", self.session_id);
         field(out, "trace_id", self.trace_id);
         if let Some(ip) = self.client_ip {
-            put(out, format_args!(",\"client_ip\":\"{ip}\""));
+            key(out, "client_ip");
+            address(out, ip);
         }
         field(out, "method", Some(self.method));
         field(out, "path", Some(self.path));
@@ -433,6 +434,22 @@ fn field(out: &mut Vec<u8>, name: &str, value: Option<&str>) {
         // Text serializes, and memory takes it.
         serde_json::to_writer(out, value).unwrap_or(());
     }
+}
+
+/// An IPv4 address by hand: formatting one takes longer than the rest of the line.
+fn address(out: &mut Vec<u8>, ip: IpAddr) {
+    let mut before = b'"';
+    match ip {
+        IpAddr::V4(ip) => {
+            for octet in ip.octets() {
+                out.push(before);
+                out.extend_from_slice(itoa::Buffer::new().format(octet).as_bytes());
+                before = b'.';
+            }
+        }
+        IpAddr::V6(ip) => put(out, format_args!("\"{ip}")),
+    }
+    out.push(b'"');
 }
 
 fn number(out: &mut Vec<u8>, name: &str, value: u64) {

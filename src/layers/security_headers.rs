@@ -240,6 +240,8 @@ impl Plan {
         for name in &self.remove {
             headers.remove(name);
         }
+        // Grown once, not at every doubling.
+        headers.reserve(self.set.len() + 1);
         let html = self.html_policy.as_ref().filter(|_| is_html(headers));
         for (name, value) in &self.set {
             let value = html.filter(|_| name == CONTENT_SECURITY_POLICY).unwrap_or(value);

@@ -635,6 +635,8 @@ impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
             Body::new(Inbound { incoming, ended: false, watch: self.watch.clone() })
         });
         request.extensions_mut().insert(self.facts.clone());
+        // Room for what the layers add: an id, `Via` and where the request came from. Grown once, not twice.
+        request.headers_mut().reserve(6);
         Answer { future: self.shared.handler.call(request), in_flight, before_11, connect }
     }
 }

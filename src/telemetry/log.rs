@@ -6,6 +6,7 @@
 //! (`sidegate_log_lines_dropped_total`), because a reader that hangs must not hang the traffic.
 
 use std::{
+    cell::Cell,
     cell::RefCell,
     fmt::{self},
     fs::{File, OpenOptions},
@@ -316,6 +317,32 @@ where
 #[must_use]
 pub fn timestamp() -> impl fmt::Display {
     humantime::format_rfc3339_millis(SystemTime::now())
+}
+
+/// Appends [`timestamp`]. The date and the time of day are made once per second and thread.
+pub fn write_timestamp(out: &mut Vec<u8>) {
+    thread_local! {
+        static SECOND: Cell<(u64, [u8; 19])> = const { Cell::new((0, [0; 19])) };
+    }
+    let now = SystemTime::now();
+    let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let (mut second, mut text) = SECOND.get();
+    if second != since.as_secs() {
+        second = since.as_secs();
+        let made = humantime::format_rfc3339_seconds(now).to_string();
+        // A year of five digits, which would be longer, is not one that this runs in.
+        let Some(first) = made.as_bytes().first_chunk() else { return };
+        text = *first;
+        SECOND.set((second, text));
+    }
+    out.extend_from_slice(&text);
+    // One thousand more, of which the first digit gives way to the point: so the zeros stay.
+    let at = out.len();
+    out.extend_from_slice(itoa::Buffer::new().format(1000 + since.subsec_millis()).as_bytes());
+    if let Some(first) = out.get_mut(at) {
+        *first = b'.';
+    }
+    out.push(b'Z');
 }
 
 struct Fields<'a> {
