@@ -327,6 +327,8 @@ impl Drop for Entry {
             first_byte: facts.first_byte,
             bytes_in: received,
             bytes_out: sent,
+            retries: facts.retries,
+            fallback: facts.fallback,
             aborted_by: aborted_by.map(AbortedBy::as_str),
             error: facts.error,
             cause: facts.cause.as_deref(),
@@ -352,6 +354,8 @@ struct Line<'a> {
     first_byte: Option<Duration>,
     bytes_in: u64,
     bytes_out: u64,
+    retries: u32,
+    fallback: bool,
     aborted_by: Option<&'static str>,
     error: Option<&'static str>,
     cause: Option<&'a str>,
@@ -386,6 +390,13 @@ impl Line<'_> {
         }
         number(out, "bytes_in", self.bytes_in);
         number(out, "bytes_out", self.bytes_out);
+        if self.retries > 0 {
+            number(out, "retries", self.retries.into());
+        }
+        if self.fallback {
+            key(out, "fallback");
+            out.extend_from_slice(b"true");
+        }
         field(out, "aborted_by", self.aborted_by);
         field(out, "error", self.error);
         field(out, "cause", self.cause);

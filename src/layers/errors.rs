@@ -32,7 +32,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderName, HeaderValue, Request, Response, StatusCode, Uri,
-    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER},
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
@@ -197,7 +197,8 @@ impl Asked {
 
 impl About {
     fn answer(&self, error: &(dyn std::error::Error + 'static)) -> Response<Bytes> {
-        let kind = Error::find(error).map_or(Kind::Internal, Error::kind);
+        let found = Error::find(error);
+        let kind = found.map_or(Kind::Internal, Error::kind);
         if let Asked::Recorded(exchange) = &self.asked {
             let mut facts = exchange.facts();
             facts.error = Some(kind.slug());
@@ -211,6 +212,11 @@ impl About {
         let status = format!("sidegate; error={}", kind.proxy_status());
         headers.insert(PROXY_STATUS, HeaderValue::try_from(status).expect("tokens are visible ASCII"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        if let Some(after) = found.and_then(Error::retry_after) {
+            // Rounded up: who comes at that second must not be told to wait once more.
+            let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
         if self.http1 && kind.closes_connection() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }

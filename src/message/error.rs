@@ -1,6 +1,6 @@
 //! What sidegate answers for itself.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, time::Duration};
 
 use http::StatusCode;
 
@@ -15,18 +15,32 @@ pub type BoxError = Box<dyn StdError + Send + Sync>;
 pub struct Error {
     kind: Kind,
     source: Option<BoxError>,
+    retry_after: Option<Duration>,
 }
 
 impl Error {
     /// An error whose cause is `source`.
     pub fn new(kind: Kind, source: impl Into<BoxError>) -> Self {
-        Self { kind, source: Some(source.into()) }
+        Self { kind, source: Some(source.into()), retry_after: None }
+    }
+
+    /// The same, saying when it is worth to ask again.
+    #[must_use]
+    pub fn with_retry_after(mut self, after: Duration) -> Self {
+        self.retry_after = Some(after);
+        self
     }
 
     /// What went wrong.
     #[must_use]
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// When it is worth to ask again, from now: what `Retry-After` says, where it is known.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        self.retry_after
     }
 
     /// The `Error` in a chain of sources, however it was wrapped.
@@ -56,7 +70,7 @@ impl Error {
 
 impl From<Kind> for Error {
     fn from(kind: Kind) -> Self {
-        Self { kind, source: None }
+        Self { kind, source: None, retry_after: None }
     }
 }
 
@@ -114,6 +128,12 @@ pub enum Kind {
     UpstreamTimeout,
     /// The exchange took longer than `total`.
     DeadlineExceeded,
+    /// The circuit breaker of the endpoint, or of all of them, is open.
+    CircuitOpen,
+    /// No endpoint of the upstream is up.
+    NoHealthyEndpoint,
+    /// As many requests are in flight as may be, and the queue is full or took too long.
+    Overloaded,
     /// A bug of sidegate's.
     Internal,
     /// An embedder's own.
@@ -145,6 +165,9 @@ impl Kind {
             Self::UpstreamReset => "upstream-reset",
             Self::UpstreamTimeout => "upstream-timeout",
             Self::DeadlineExceeded => "deadline-exceeded",
+            Self::CircuitOpen => "circuit-open",
+            Self::NoHealthyEndpoint => "no-healthy-endpoint",
+            Self::Overloaded => "overloaded",
             Self::Internal => "internal",
             Self::Custom { slug, .. } => slug,
         }
@@ -163,6 +186,7 @@ impl Kind {
             Self::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::ConnectFailed | Self::UpstreamReset => StatusCode::BAD_GATEWAY,
             Self::UpstreamTimeout | Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
+            Self::CircuitOpen | Self::NoHealthyEndpoint | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Custom { status, .. } => status,
         }
@@ -184,6 +208,9 @@ impl Kind {
             Self::UpstreamReset => "the upstream broke off or did not speak HTTP",
             Self::UpstreamTimeout => "the upstream did not answer in time",
             Self::DeadlineExceeded => "the request took too long",
+            Self::CircuitOpen => "the upstream has failed too often and is left alone for a while",
+            Self::NoHealthyEndpoint => "no endpoint of the upstream is up",
+            Self::Overloaded => "too many requests are in flight",
             Self::Internal => "the proxy failed",
         }
     }
@@ -200,9 +227,13 @@ impl Kind {
             | Self::BodyTooLarge
             | Self::ClientTimeout
             | Self::ClientReset => Fault::Client,
-            Self::ConnectFailed | Self::UpstreamReset | Self::UpstreamTimeout | Self::DeadlineExceeded => {
-                Fault::Upstream
-            }
+            Self::ConnectFailed
+            | Self::UpstreamReset
+            | Self::UpstreamTimeout
+            | Self::DeadlineExceeded
+            | Self::CircuitOpen
+            | Self::NoHealthyEndpoint
+            | Self::Overloaded => Fault::Upstream,
             Self::Internal => Fault::Sidegate,
             Self::Custom { status, .. } => {
                 if status.as_u16() < 500 {
@@ -257,7 +288,8 @@ impl Kind {
             | Self::Custom { .. } => "http_request_error",
             Self::LoopDetected => "proxy_loop_detected",
             Self::NoRoute => "destination_not_found",
-            Self::ConnectFailed => "destination_unavailable",
+            Self::ConnectFailed | Self::CircuitOpen | Self::NoHealthyEndpoint => "destination_unavailable",
+            Self::Overloaded => "connection_limit_reached",
             Self::UpstreamReset => "http_response_incomplete",
             Self::UpstreamTimeout | Self::DeadlineExceeded => "http_response_timeout",
             Self::Internal => "proxy_internal_error",
@@ -282,7 +314,11 @@ impl Kind {
             Self::NoRoute => UNIMPLEMENTED,
             Self::BodyTooLarge => RESOURCE_EXHAUSTED,
             Self::ClientTimeout | Self::ClientReset => CANCELLED,
-            Self::ConnectFailed | Self::UpstreamReset => UNAVAILABLE,
+            Self::ConnectFailed
+            | Self::UpstreamReset
+            | Self::CircuitOpen
+            | Self::NoHealthyEndpoint
+            | Self::Overloaded => UNAVAILABLE,
             Self::UpstreamTimeout | Self::DeadlineExceeded => DEADLINE_EXCEEDED,
             Self::Custom { .. } => UNKNOWN,
         }

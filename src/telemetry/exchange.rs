@@ -61,6 +61,10 @@ pub struct Facts {
     pub upstream: Option<Arc<str>>,
     /// The endpoint that was asked last.
     pub endpoint: Option<Arc<str>>,
+    /// How many times the request was sent again.
+    pub retries: u32,
+    /// Whether another upstream than the route's first answered.
+    pub fallback: bool,
     /// The slug of the error that sidegate answered with, or that cut the response off.
     pub error: Option<&'static str>,
     /// The cause behind `error`, for the log alone. Never a header value or a body.
