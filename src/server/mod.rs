@@ -46,9 +46,10 @@ use self::{
 use crate::{
     admin::{Admin, health::Phase},
     config::{
-        ByteSize, Toggle,
+        ByteSize, HumanDuration, Toggle,
         load::{Sources, Tree},
     },
+    layers::timeouts,
     message::{BoxError, Request},
     registry::Registry,
     settings::{self, Settings},
@@ -229,7 +230,9 @@ async fn look_at(certificates: Vec<Arc<Tls>>) {
 }
 
 /// Connections of operators that are open at once.
-const OPERATORS: usize = 64;
+const OPERATORS: usize = 256;
+/// How long an operator's connection may take to ask: silent ones must not keep the probes of an orchestrator out.
+const OPERATORS_HEADER: HumanDuration = HumanDuration::from_secs(5);
 
 /// Serves as `settings` say, until the process is asked to stop and has drained, or its connections were cut.
 /// Takes the process' signals and its log. Returns the guard of the log, to be dropped after the runtime: the lines
@@ -256,7 +259,8 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
     reload::tell(&admin, &settings, tree);
     if let Toggle::On(of) = &settings.admin {
         let listen = vec![of.listen.clone().into()];
-        let (limits, timing) = (Limits::default(), Timing::default());
+        let asking = timeouts::Config { client_header: OPERATORS_HEADER, ..Default::default() };
+        let (limits, timing) = (Limits::default(), Timing::new(&asking));
         let port = Server { listen, connections: OPERATORS, limits, timing }.bind().await?;
         for address in port.addresses() {
             info!(%address, "admin listening");
