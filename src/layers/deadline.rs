@@ -34,7 +34,7 @@ use tokio::{
 };
 use tower::{Layer, Service};
 
-use crate::message::{Body, BoxError, Error, Kind};
+use crate::message::{self, Body, BoxError, Error, Kind};
 
 /// Gives an exchange `total`, streams excepted.
 ///
@@ -89,8 +89,9 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
-    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
         let deadline = Instant::now() + self.settings.total;
+        request.extensions_mut().insert(message::Deadline(deadline));
         ResponseFuture {
             inner: self.inner.call(request),
             sleep: sleep_until(deadline),

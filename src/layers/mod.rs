@@ -11,7 +11,7 @@
 //! | [`errors`] | `Exchange` (error, cause) | `RequestId`, `Exchange` |
 //! | [`hygiene`] | `Exchange` (client address, https) | `Connection` |
 //! | [`body_limit`] | | |
-//! | [`deadline`] | | |
+//! | [`deadline`] | `Deadline` | |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
 
 pub mod access_log;

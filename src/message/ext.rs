@@ -4,11 +4,12 @@ use std::{
     any::Any,
     fmt,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use http::HeaderValue;
+use tokio::time::Instant;
 
 /// The other end of a client's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,3 +116,37 @@ pub struct RequestId(pub HeaderValue);
 /// `upstream::client`, which carries the tunnel.
 #[derive(Debug, Clone, Copy)]
 pub struct TunnelIdle(pub Duration);
+
+/// When the exchange will be cut, if it is not over before.
+///
+/// Request extension. Written by `layers::deadline`; read by `layers::retry`, which does not begin what cannot be
+/// finished.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline(pub Instant);
+
+/// The endpoints that were asked for a request already, by their names, so that the next attempt asks another one
+/// first. Clones, and so all attempts, share one list, which is as long as there are attempts.
+///
+/// Request extension. Written by `layers::retry`, empty; `upstream::balance` adds each endpoint that it picks, and
+/// reads those that it picked before.
+#[derive(Debug, Clone, Default)]
+pub struct Tried(Arc<Mutex<Vec<Arc<str>>>>);
+
+impl Tried {
+    /// Notes that `endpoint` is being asked.
+    pub fn add(&self, endpoint: &Arc<str>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(endpoint.clone());
+    }
+
+    /// Whether `endpoint` was asked.
+    #[must_use]
+    pub fn contains(&self, endpoint: &str) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|tried| &**tried == endpoint)
+    }
+
+    /// Whether none was asked.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+}

@@ -12,7 +12,7 @@ mod service;
 pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
-    ext::{Connection, Peer, RequestId, TunnelIdle},
+    ext::{Connection, Deadline, Peer, RequestId, Tried, TunnelIdle},
     service::{HttpService, ResponseFuture},
 };
 
