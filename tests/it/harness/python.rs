@@ -1,4 +1,4 @@
-//! The real FastAPI application under uvicorn, in the environment that `scripts/setup test` makes.
+//! Real FastAPI applications under uvicorn, in the environment that `scripts/setup test` makes.
 
 use std::{
     net::SocketAddr,
@@ -12,22 +12,30 @@ use tokio::sync::mpsc;
 
 use super::{Message, Wire, within};
 
-/// A uvicorn that serves `tests/backends/fastapi/app.py`. Dropped, it is killed.
+/// A uvicorn that serves one of the applications of `tests/backends`. Dropped, it is killed.
 pub struct Fastapi {
     child: Child,
     address: SocketAddr,
 }
 
 impl Fastapi {
+    /// The application that streams as the test tells it to.
     pub async fn start() -> Self {
+        Self::app("fastapi", 0, &[]).await
+    }
+
+    /// `tests/backends/{app}/app.py` on `port`, or on one that the system chooses if that is 0.
+    pub async fn app(app: &str, port: u16, environment: &[(&str, &str)]) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let python = root.join(".venv/bin/python");
         assert!(python.exists(), "no Python environment: run scripts/setup test");
         let mut child = Command::new(python)
-            .args(["-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", "0", "--no-use-colors"])
+            .args(["-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--no-use-colors"])
+            .args(["--port", &port.to_string()])
             .arg("--app-dir")
-            .arg(root.join("tests/backends/fastapi"))
+            .arg(root.join("tests/backends").join(app))
             .env("PYTHONDONTWRITEBYTECODE", "1")
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
