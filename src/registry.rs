@@ -9,7 +9,7 @@ use std::{
 use http::HeaderValue;
 
 use crate::{
-    layers::hygiene::pseudonym,
+    layers::{hygiene::pseudonym, retry::Budget},
     message::BoxError,
     settings::Upstream,
     telemetry::{Metrics, log::Writer},
@@ -22,6 +22,7 @@ pub struct Registry {
     log: Writer,
     via: HeaderValue,
     clients: Mutex<HashMap<(String, Address), (Upstream, Client)>>,
+    budgets: Mutex<HashMap<String, Budget>>,
 }
 
 impl fmt::Debug for Registry {
@@ -34,7 +35,7 @@ impl Registry {
     /// A registry without clients.
     #[must_use]
     pub fn new(metrics: Metrics, log: Writer) -> Self {
-        Self { metrics, log, via: pseudonym(), clients: Mutex::default() }
+        Self { metrics, log, via: pseudonym(), clients: Mutex::default(), budgets: Mutex::default() }
     }
 
     /// The samples.
@@ -70,6 +71,12 @@ impl Registry {
         Ok(client)
     }
 
+    /// The retry budget of the upstream `name`: the same one over reloads.
+    pub fn budget(&self, name: &str) -> Budget {
+        let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        budgets.entry(name.to_owned()).or_default().clone()
+    }
+
     /// Drops the clients of endpoints that are no longer named. Requests in flight keep theirs to their end.
     pub fn retain(&self, upstreams: &std::collections::BTreeMap<String, Upstream>) {
         let named = |(name, address): &(String, Address)| {
@@ -77,5 +84,6 @@ impl Registry {
             endpoints.is_some_and(|endpoints| endpoints.iter().any(|known| known == address))
         };
         self.clients.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| named(key));
+        self.budgets.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| upstreams.contains_key(name));
     }
 }

@@ -23,6 +23,7 @@ use crate::{
         errors::{Errors, ErrorsLayer},
         hygiene::{self, Hygiene, HygieneLayer},
         request_id::{RequestIdLayer, RequestIds},
+        retry::RetryLayer,
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
@@ -59,7 +60,11 @@ impl Stack {
                 (Some(endpoints), _) => {
                     let address = endpoints.iter().next().ok_or_else(|| place("it has no endpoint".into()))?;
                     let client = registry.client(&own.upstream, upstream, address).map_err(place)?;
-                    route(own, &policies, &settings.defaults, attempt(&policies, client))
+                    let retry = policies.retry.as_ref().map(|config| {
+                        let metrics = registry.metrics().retries(&own.upstream);
+                        RetryLayer::new(config, registry.budget(&own.upstream), metrics)
+                    });
+                    route(own, &policies, &settings.defaults, attempts(retry, attempt(&policies, client)))
                 }
                 (None, Some(respond)) => {
                     let respond = Respond::new(own.upstream.as_str().into(), respond);
@@ -176,6 +181,11 @@ fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, ups
             .option_layer(deadline)
             .service(upstream),
     )
+}
+
+/// Around the endpoints of one upstream.
+fn attempts<S: Endpoint>(retry: Option<RetryLayer>, upstream: S) -> impl Endpoint {
+    ServiceBuilder::new().option_layer(retry).service(upstream)
 }
 
 /// Around one endpoint.

@@ -1,12 +1,14 @@
 //! Loading, units and problems of the configuration. Floor 1: it knows no policy; the struct of the whole
 //! file stands in `settings`.
 
+pub mod failure;
 pub mod fields;
 pub mod load;
 pub mod problem;
 pub mod units;
 
 pub use self::{
+    failure::Failure,
     load::{Sources, Tree},
     problem::{Check, Problem, Problems},
     units::{ByteSize, HumanDuration, OneOrMany, Secret, Toggle},

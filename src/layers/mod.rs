@@ -12,6 +12,7 @@
 //! | [`hygiene`] | `Exchange` (client address, https) | `Connection` |
 //! | [`body_limit`] | | |
 //! | [`deadline`] | `Deadline` | |
+//! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
 
 pub mod access_log;
@@ -20,5 +21,6 @@ pub mod deadline;
 pub mod errors;
 pub mod hygiene;
 pub mod request_id;
+pub mod retry;
 pub mod security_headers;
 pub mod timeouts;

@@ -124,6 +124,14 @@ pub struct TunnelIdle(pub Duration);
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline(pub Instant);
 
+/// That a failure of this attempt need not be the client's answer: another attempt, or another upstream, could still
+/// step in. Who finds it holds a stream back until its first event, for with that the choice is made.
+///
+/// Request extension. Written by `layers::retry` on each attempt but the last, and by `layers::fallback` for each
+/// upstream but the last; read by `layers::stream_start`.
+#[derive(Debug, Clone, Copy)]
+pub struct Undecided;
+
 /// The endpoints that were asked for a request already, by their names, so that the next attempt asks another one
 /// first. Clones, and so all attempts, share one list, which is as long as there are attempts.
 ///

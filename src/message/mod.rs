@@ -7,12 +7,14 @@ mod ext;
 pub mod forwarded;
 pub mod headers;
 pub mod path;
+mod replay;
 mod service;
 
 pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
-    ext::{Connection, Deadline, Peer, RequestId, Tried, TunnelIdle},
+    ext::{Connection, Deadline, Peer, RequestId, Tried, TunnelIdle, Undecided},
+    replay::Replay,
     service::{HttpService, ResponseFuture},
 };
 

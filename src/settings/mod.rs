@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{body_limit, errors, hygiene, request_id, security_headers, timeouts},
+    layers::{body_limit, errors, hygiene, request_id, retry, security_headers, timeouts},
     route::Match,
     telemetry::log,
     upstream::{
@@ -248,6 +248,8 @@ pub struct Defaults {
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
     pub body_limit: Toggle<body_limit::Config>,
+    /// When a request is sent again that its upstream failed to serve. Default `off`.
+    pub retry: Toggle<retry::Config>,
     /// The form of sidegate's own errors: `problem` or `openai`. Default `problem`.
     pub errors: errors::Config,
 }
@@ -258,6 +260,7 @@ impl Default for Defaults {
             security_headers: Toggle::On(security_headers::Config::default()),
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
+            retry: Toggle::Off,
             errors: errors::Config::default(),
         }
     }
@@ -285,6 +288,9 @@ pub struct Route {
     /// Instead of `defaults.body_limit`; `off` sets none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_limit: Option<Toggle<body_limit::Config>>,
+    /// Instead of `defaults.retry`; `off` sends every request once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Toggle<retry::Config>>,
     /// Instead of `defaults.errors`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub errors: Option<errors::Config>,
@@ -300,6 +306,7 @@ impl Route {
             security_headers: None,
             timeouts: None,
             body_limit: None,
+            retry: None,
             errors: None,
         }
     }
@@ -328,6 +335,7 @@ impl Route {
             security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
+            retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
             errors: self.errors.unwrap_or(defaults.errors),
         }
     }
@@ -364,7 +372,7 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, timeouts, body_limit, errors } = route.policies(&self.defaults);
+            let Defaults { security_headers, timeouts, body_limit, retry, errors } = route.policies(&self.defaults);
             let name = Some(route.name()).filter(|name| is_route_name(name));
             let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
             *route = Route {
@@ -374,6 +382,7 @@ impl Settings {
                 security_headers: Some(security_headers),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
+                retry: Some(retry),
                 errors: Some(errors),
             };
         }
@@ -420,6 +429,7 @@ impl Settings {
             });
         }
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
+        problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
     }
 
@@ -486,6 +496,14 @@ impl Settings {
                     problems.add("upstream", format!("there is no upstream `{}`: {near}", route.upstream));
                 }
                 problems.at("match", |problems| route.matches.check(problems));
+                if let Some(Toggle::On(retry)) = &route.retry {
+                    problems.at("retry", |problems| {
+                        if self.upstreams.get(&route.upstream).is_some_and(|upstream| upstream.respond.is_some()) {
+                            problems.add("", format!("has no effect: `{}` is a fixed answer", route.upstream));
+                        }
+                        retry.check(problems);
+                    });
+                }
                 problems.at("timeouts", |problems| {
                     for key in OF_CONNECTIONS {
                         if tree.has(&format!("routes.{n}.timeouts.{key}")) {

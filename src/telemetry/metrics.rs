@@ -46,6 +46,8 @@ struct Families {
     sent: Family<Route, Counter>,
     in_flight: Family<Route, Gauge>,
     attempts: Family<Attempt, Counter>,
+    retries: Family<Retried, Counter>,
+    not_retried: Family<NotRetried, Counter>,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -203,6 +205,23 @@ pub struct EndpointMetrics {
     pub connected: Counter,
 }
 
+/// Samples of the retries to one upstream, found once at load.
+#[derive(Debug, Clone)]
+pub struct RetryMetrics {
+    /// Retries that brought an answer that is no failure.
+    pub answered: Counter,
+    /// Retries that failed, too.
+    pub failed: Counter,
+    /// Retries whose client left first.
+    pub cancelled: Counter,
+    /// Failures that were passed on because the budget was used up.
+    pub budget: Counter,
+    /// Failures that were passed on because there was no time left, or less than the upstream asked for.
+    pub deadline: Counter,
+    /// Failures that were passed on because the request's body was no longer at hand.
+    pub body: Counter,
+}
+
 impl Metrics {
     /// An empty set.
     #[must_use]
@@ -218,6 +237,8 @@ impl Metrics {
             sent: Family::default(),
             in_flight: Family::default(),
             attempts: Family::default(),
+            retries: Family::default(),
+            not_retried: Family::default(),
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -233,6 +254,9 @@ impl Metrics {
         all.register_with_unit("sent", "Bytes of response bodies", Unit::Bytes, f.sent.clone());
         all.register("in_flight", "Requests that have not ended", f.in_flight.clone());
         all.register("upstream_attempts", "Requests sent to an endpoint, by outcome", f.attempts.clone());
+        all.register("retries", "Requests sent again to an upstream, by outcome", f.retries.clone());
+        let help = "Failures that were not tried again although they might have been, by reason";
+        all.register("retries_not_made", help, f.not_retried.clone());
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -292,6 +316,22 @@ impl Metrics {
             failed: counter("failed"),
             cancelled: counter("cancelled"),
             connected: counter("connected"),
+        }
+    }
+
+    /// The samples of the retries to an upstream.
+    #[must_use]
+    pub fn retries(&self, upstream: &str) -> RetryMetrics {
+        let (made, not_made) = (&self.0.families.retries, &self.0.families.not_retried);
+        let made = |outcome| made.get_or_create(&Retried { upstream: upstream.to_owned(), outcome }).clone();
+        let not_made = |reason| not_made.get_or_create(&NotRetried { upstream: upstream.to_owned(), reason }).clone();
+        RetryMetrics {
+            answered: made("answered"),
+            failed: made("failed"),
+            cancelled: made("cancelled"),
+            budget: not_made("budget"),
+            deadline: not_made("deadline"),
+            body: not_made("body"),
         }
     }
 
@@ -358,6 +398,18 @@ struct Attempt {
     upstream: String,
     endpoint: String,
     outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Retried {
+    upstream: String,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NotRetried {
+    upstream: String,
+    reason: &'static str,
 }
 
 #[cfg(test)]

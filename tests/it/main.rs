@@ -13,6 +13,7 @@ mod fastapi;
 mod floors;
 mod forwarded;
 mod reload;
+mod retry;
 mod robustness;
 mod routing;
 mod server;
