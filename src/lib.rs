@@ -30,7 +30,7 @@
 //! | floor | modules | |
 //! |---|---|---|
 //! | 0 | [`message`] | body, error, header and address primitives |
-//! | 1 | [`config`], [`telemetry`] | loading and units; log, metrics, the record of an exchange |
+//! | 1 | [`config`], [`telemetry`], [`sse`] | loading and units; log, metrics, the record of an exchange; event streams |
 //! | 2 | [`upstream`] | endpoints and other kinds of upstream |
 //! | 3 | [`layers`] | one module per policy |
 //! | 4 | [`settings`], [`route`], [`registry`], [`stack`], [`admin`] | the whole configuration; which route takes a request; what outlives a reload; the request path; the operator's port |
@@ -53,6 +53,7 @@ pub mod registry;
 pub mod route;
 pub mod server;
 pub mod settings;
+pub mod sse;
 pub mod stack;
 pub mod telemetry;
 pub mod upstream;

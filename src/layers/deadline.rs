@@ -25,7 +25,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, header::CONTENT_TYPE};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::{
@@ -34,7 +34,10 @@ use tokio::{
 };
 use tower::{Layer, Service};
 
-use crate::message::{self, Body, BoxError, Error, Kind};
+use crate::{
+    message::{self, Body, BoxError, Error, Kind},
+    sse,
+};
 
 /// Gives an exchange `total`, streams excepted.
 ///
@@ -141,8 +144,7 @@ where
 }
 
 fn is_stream<B: HttpBody>(response: &Response<B>) -> bool {
-    let events = |value: &http::HeaderValue| value.as_bytes().starts_with(b"text/event-stream");
-    response.headers().get(CONTENT_TYPE).is_some_and(events) || response.body().size_hint().exact().is_none()
+    sse::is_event_stream(response.headers()) || response.body().size_hint().exact().is_none()
 }
 
 pin_project! {
@@ -185,6 +187,7 @@ mod tests {
     use std::convert::Infallible;
 
     use futures_util::{FutureExt, stream};
+    use http::header::CONTENT_TYPE;
     use http_body_util::{BodyExt, StreamBody};
     use tower::{ServiceExt, service_fn};
 

@@ -27,8 +27,7 @@ use futures_util::FutureExt;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, Version,
     header::{
-        CONNECTION, CONTENT_TYPE, COOKIE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING,
-        UPGRADE,
+        CONNECTION, COOKIE, EXPECT, HOST, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, TE, TRANSFER_ENCODING, UPGRADE,
     },
     uri::{Authority, PathAndQuery, Scheme},
 };
@@ -64,6 +63,7 @@ use crate::{
         problem::{Check, Problems, check_readable},
     },
     message::{Body, BoxError, Error, Kind, Request, TunnelIdle, headers::X_ACCEL_BUFFERING},
+    sse,
     telemetry::{Exchange, Metrics, log::chain, metrics::EndpointMetrics},
 };
 
@@ -414,7 +414,7 @@ impl Client {
             progress.want();
             lease.detach();
         }
-        if is_event_stream(response.headers()) {
+        if sse::is_event_stream(response.headers()) {
             // Only an absent field: what the backend says to an nginx outside of us is its own business.
             response.headers_mut().entry(X_ACCEL_BUFFERING).or_insert(HeaderValue::from_static("no"));
         }
@@ -689,10 +689,6 @@ fn broken(error: hyper::Error) -> Error {
         None if error.is_user() => Error::new(Kind::ClientReset, error),
         None => Error::new(Kind::UpstreamReset, error),
     }
-}
-
-fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"text/event-stream"))
 }
 
 /// What a response holds of its connection.

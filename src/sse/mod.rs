@@ -1,0 +1,83 @@
+//! Server-sent events (WHATWG HTML §9.2), looked at and never changed.
+//!
+//! What passes through sidegate passes in the frames in which it came; nothing here takes an event stream apart and
+//! puts it together again. Two questions are answered beside the stream: what kind of event has just ended
+//! ([`Scanner`]), and whether something may be said at this place without breaking into an event ([`Boundary`]).
+//!
+//! ```
+//! use sidegate::sse::{Boundary, Event, Scanner};
+//!
+//! let (mut scanner, mut boundary) = (Scanner::new(), Boundary::new());
+//! let mut frame: &[u8] = b": hello\n\ndata: {\"token\": \"a\"}\n\ndata: unfini";
+//! boundary.pass(frame);
+//! assert_eq!(scanner.next(&mut frame), Some(Event::Empty));
+//! assert_eq!(scanner.next(&mut frame), Some(Event::Content));
+//! assert_eq!(scanner.next(&mut frame), None);
+//! assert!(!boundary.here());
+//!
+//! let mut frame: &[u8] = b"shed\n\ndata: {\"error\": {\"message\": \"out of memory\"}}\n\n";
+//! boundary.pass(frame);
+//! assert_eq!(scanner.next(&mut frame), Some(Event::Content));
+//! assert_eq!(scanner.next(&mut frame), Some(Event::Error));
+//! assert!(boundary.here());
+//! ```
+
+mod boundary;
+mod scanner;
+
+use http::{
+    HeaderMap,
+    header::{CONTENT_ENCODING, CONTENT_TYPE},
+};
+
+pub use self::{
+    boundary::Boundary,
+    scanner::{Event, Scanner},
+};
+
+/// U+FEFF in UTF-8, which is ignored where a stream begins with it, and only there.
+pub const BYTE_ORDER_MARK: [u8; 3] = [0xEF, 0xBB, 0xBF];
+
+/// Whether a response with these headers is an event stream: `text/event-stream`, in any case, with any parameters.
+#[must_use]
+pub fn is_event_stream(headers: &HeaderMap) -> bool {
+    const TYPE: &[u8] = b"text/event-stream";
+    headers.get(CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value.get(..TYPE.len()).is_some_and(|start| start.eq_ignore_ascii_case(TYPE))
+            && matches!(value.get(TYPE.len()), None | Some(b';' | b' ' | b'\t'))
+    })
+}
+
+/// Whether a response with these headers is an event stream whose bytes are the events themselves: without a content
+/// coding, inside of which nobody can see where an event ends.
+#[must_use]
+pub fn is_readable(headers: &HeaderMap) -> bool {
+    let plain = |value: &http::HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
+    is_event_stream(headers) && headers.get_all(CONTENT_ENCODING).iter().all(plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn an_event_stream_is_known_by_its_type() {
+        let is = |value: &'static str| {
+            is_event_stream(&HeaderMap::from_iter([(CONTENT_TYPE, HeaderValue::from_static(value))]))
+        };
+        assert!(is("text/event-stream") && is("Text/Event-Stream;charset=utf-8") && is("text/event-stream ; a=b"));
+        assert!(!is("text/event-streams") && !is("text/event") && !is("") && !is_event_stream(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn a_coded_stream_cannot_be_read() {
+        let stream = (CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+        let coded = |value| (CONTENT_ENCODING, HeaderValue::from_static(value));
+        assert!(is_readable(&HeaderMap::from_iter([stream.clone()])));
+        assert!(is_readable(&HeaderMap::from_iter([stream.clone(), coded("identity")])));
+        assert!(!is_readable(&HeaderMap::from_iter([stream, coded("gzip")])));
+    }
+}
