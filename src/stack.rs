@@ -25,6 +25,7 @@ use crate::{
         request_id::{RequestIdLayer, RequestIds},
         retry::RetryLayer,
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
+        stream_start::StreamStartLayer,
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
     message::{Body, BoxError, HttpService, Request, Response},
@@ -192,6 +193,8 @@ fn attempts<S: Endpoint>(retry: Option<RetryLayer>, upstream: S) -> impl Endpoin
 fn attempt(policies: &Defaults, client: Client) -> impl Endpoint {
     let timeouts = &policies.timeouts;
     ServiceBuilder::new()
+        // Where a failure can still be mended, a stream has not answered before it says something.
+        .option_layer((!policies.retry.is_off()).then(|| StreamStartLayer::new(duration(timeouts.first_byte))))
         .map_response(|response: http::Response<_>| response.map(Body::new))
         .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
         .layer(IdleLayer::new(duration(timeouts.idle)))

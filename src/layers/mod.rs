@@ -13,6 +13,7 @@
 //! | [`body_limit`] | | |
 //! | [`deadline`] | `Deadline` | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
+//! | [`stream_start`] | | `Undecided`, `Exchange` (bytes received) |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
 
 pub mod access_log;
@@ -23,4 +24,5 @@ pub mod hygiene;
 pub mod request_id;
 pub mod retry;
 pub mod security_headers;
+pub mod stream_start;
 pub mod timeouts;

@@ -18,6 +18,7 @@ mod robustness;
 mod routing;
 mod server;
 mod smuggling;
+mod sse;
 mod streaming;
 mod telemetry;
 mod transparency;
