@@ -21,10 +21,12 @@ use crate::{
         body_limit::BodyLimitLayer,
         deadline::DeadlineLayer,
         errors::{Errors, ErrorsLayer},
+        heartbeat::HeartbeatLayer,
         hygiene::{self, Hygiene, HygieneLayer},
         request_id::{RequestIdLayer, RequestIds},
         retry::RetryLayer,
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
+        sse_error_event::SseErrorEventLayer,
         stream_start::StreamStartLayer,
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
@@ -169,6 +171,8 @@ fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, ups
         ServiceBuilder::new().map_err(never).layer(ErrorsLayer::new(policies.errors))
     });
     let timeouts = &policies.timeouts;
+    let heartbeat = duration(timeouts.heartbeat).map(HeartbeatLayer::new);
+    let sse_error_event = timeouts.sse_error_event.then(|| SseErrorEventLayer::new(policies.errors.form()));
     let body_limit = policies.body_limit.as_ref().map(|limit| BodyLimitLayer::new(limit.max.get()));
     let client_body = duration(timeouts.client_body_idle).map(ClientBodyIdleLayer::new);
     let deadline =
@@ -177,6 +181,8 @@ fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, ups
         ServiceBuilder::new()
             .option_layer(headers)
             .option_layer(errors)
+            .option_layer(heartbeat)
+            .option_layer(sse_error_event)
             .option_layer(body_limit)
             .option_layer(client_body)
             .option_layer(deadline)

@@ -40,7 +40,7 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::{
-    message::{Body, BoxError, Error, Fault, Kind},
+    message::{Body, BoxError},
     telemetry::{
         Exchange, Metrics,
         log::{Writer, timestamp, write_timestamp},
@@ -246,8 +246,8 @@ enum Ended {
     Early,
     /// All was sent.
     Whole,
-    /// Something broke.
-    By(AbortedBy),
+    /// Something broke: what, is in the record.
+    Cut,
 }
 
 impl Entry {
@@ -273,31 +273,22 @@ impl Entry {
     }
 
     fn fail(&mut self, error: &(dyn std::error::Error + 'static)) {
-        let kind = Error::find(error).map_or(Kind::Internal, Error::kind);
-        self.ended = Ended::By(match (kind, kind.fault()) {
-            (Kind::UpstreamTimeout | Kind::DeadlineExceeded | Kind::ClientTimeout, _) => AbortedBy::Timeout,
-            (_, Fault::Client) => AbortedBy::Client,
-            (_, Fault::Upstream) => AbortedBy::Upstream,
-            (_, Fault::Sidegate) => AbortedBy::Sidegate,
-        });
-        let mut facts = self.exchange.facts();
-        facts.error = Some(kind.slug());
-        facts.cause = Some(crate::telemetry::log::chain(error));
+        self.ended = Ended::Cut;
+        self.exchange.cut(error);
     }
 }
 
 impl Drop for Entry {
     fn drop(&mut self) {
         let took = self.exchange.started().elapsed();
-        let aborted_by = match self.ended {
-            Ended::Whole => None,
-            Ended::Early if self.sinks.metrics.process().cutting.load(Ordering::Relaxed) => Some(AbortedBy::Sidegate),
-            Ended::Early => Some(AbortedBy::Client),
-            Ended::By(by) => Some(by),
-        };
         let received = self.exchange.received().load(Ordering::Relaxed);
         let sent = self.exchange.sent().load(Ordering::Relaxed);
         let facts = self.exchange.facts();
+        let aborted_by = facts.aborted_by.or_else(|| match self.ended {
+            Ended::Whole | Ended::Cut => None,
+            Ended::Early if self.sinks.metrics.process().cutting.load(Ordering::Relaxed) => Some(AbortedBy::Sidegate),
+            Ended::Early => Some(AbortedBy::Client),
+        });
         let route = facts.route.as_ref().unwrap_or(&self.sinks.unrouted);
         route.finished(self.status, took, facts.first_byte);
         route.received.inc_by(received);
@@ -312,7 +303,7 @@ impl Drop for Entry {
         let Some(log) = &self.sinks.log else { return };
         let asked = self.exchange.asked();
         let line = Line {
-            level: if matches!(self.ended, Ended::By(AbortedBy::Sidegate)) { "error" } else { "info" },
+            level: if facts.aborted_by == Some(AbortedBy::Sidegate) { "error" } else { "info" },
             request_id: asked.request_id.as_ref().and_then(text),
             session_id: asked.session_id.as_ref().and_then(text),
             trace_id: asked.traceparent.as_ref().and_then(trace_id),
@@ -500,7 +491,10 @@ mod tests {
     use tower::{ServiceExt, service_fn};
 
     use super::*;
-    use crate::telemetry::log;
+    use crate::{
+        message::{Error, Kind},
+        telemetry::log,
+    };
 
     type Answer = Result<Response<Body>, BoxError>;
 

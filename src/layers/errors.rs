@@ -31,18 +31,17 @@ use std::{
 
 use bytes::Bytes;
 use http::{
-    HeaderName, HeaderValue, Request, Response, StatusCode, Uri,
+    HeaderName, HeaderValue, Request, Response, StatusCode,
     header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER},
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use tower::{Layer, Service};
 
 use crate::{
-    message::{BoxError, Error, Fault, Kind, RequestId, headers::PROXY_STATUS},
-    telemetry::{Exchange, log::chain},
+    message::{BoxError, Error, Fault, Form, Kind, headers::PROXY_STATUS},
+    telemetry::{exchange::Subject, log::chain},
 };
 
 /// How sidegate's own answers look on a route. Key `errors`.
@@ -55,6 +54,17 @@ pub enum Config {
     Problem,
     /// OpenAI's `{"error": {"message", "type", "code"}}`, which its SDKs understand.
     Openai,
+}
+
+impl Config {
+    /// How the documents look.
+    #[must_use]
+    pub const fn form(self) -> Form {
+        match self {
+            Self::Problem => Form::Problem,
+            Self::Openai => Form::Openai,
+        }
+    }
 }
 
 /// Makes responses of errors and panics: see the [module](self).
@@ -108,13 +118,7 @@ where
                 .get(CONTENT_TYPE)
                 .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")),
             http1: request.version() <= http::Version::HTTP_11,
-            asked: match Exchange::of(&request) {
-                Some(exchange) => Asked::Recorded(exchange.clone()),
-                None => Asked::Kept {
-                    uri: request.uri().clone(),
-                    request_id: request.extensions().get().map(|RequestId(id)| id.clone()),
-                },
-            },
+            asked: Subject::of(&request),
         };
         let inner = catch_unwind(AssertUnwindSafe(|| self.inner.call(request)));
         let (inner, panic) = match inner {
@@ -166,40 +170,14 @@ struct About {
     format: Config,
     grpc: bool,
     http1: bool,
-    asked: Asked,
-}
-
-/// Where the request's target and id are found.
-#[derive(Debug)]
-enum Asked {
-    /// In the record, which every answer ends in: nothing needs to be copied for the rare one that fails.
-    Recorded(Exchange),
-    /// Here, where no access log stands outside.
-    Kept { uri: Uri, request_id: Option<HeaderValue> },
-}
-
-impl Asked {
-    fn path(&self) -> &str {
-        match self {
-            Self::Recorded(exchange) => exchange.asked().uri.path(),
-            Self::Kept { uri, .. } => uri.path(),
-        }
-    }
-
-    fn request_id(&self) -> Option<&str> {
-        let id = match self {
-            Self::Recorded(exchange) => &exchange.asked().request_id,
-            Self::Kept { request_id, .. } => request_id,
-        };
-        id.as_ref().and_then(|id| id.to_str().ok())
-    }
+    asked: Subject,
 }
 
 impl About {
     fn answer(&self, error: &(dyn std::error::Error + 'static)) -> Response<Bytes> {
         let found = Error::find(error);
         let kind = found.map_or(Kind::Internal, Error::kind);
-        if let Asked::Recorded(exchange) = &self.asked {
+        if let Some(exchange) = self.asked.exchange() {
             let mut facts = exchange.facts();
             facts.error = Some(kind.slug());
             facts.cause = Some(chain(error));
@@ -224,36 +202,11 @@ impl About {
     }
 
     fn json(&self, kind: Kind) -> Response<Bytes> {
-        let request_id = self.asked.request_id();
-        let status = kind.status();
-        let (content_type, body) = match self.format {
-            Config::Problem => (
-                "application/problem+json",
-                json!({
-                    "type": format!("urn:sidegate:problem:{}", kind.slug()),
-                    "title": status.canonical_reason().unwrap_or("Error"),
-                    "status": status.as_u16(),
-                    "detail": kind.detail(),
-                    "instance": self.asked.path(),
-                    "request_id": request_id,
-                }),
-            ),
-            Config::Openai => (
-                "application/json",
-                json!({
-                    "error": {
-                        "message": kind.detail(),
-                        "type": if kind.fault() == Fault::Client { "invalid_request_error" } else { "server_error" },
-                        "param": null,
-                        "code": kind.slug(),
-                    },
-                    "request_id": request_id,
-                }),
-            ),
-        };
+        let form = self.format.form();
+        let body = form.document(kind, self.asked.path(), self.asked.request_id());
         let mut response = Response::new(Bytes::from(body.to_string()));
-        *response.status_mut() = status;
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+        *response.status_mut() = kind.status();
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(form.content_type()));
         response
     }
 }
@@ -280,10 +233,11 @@ fn message(panic: &(dyn Any + Send)) -> String {
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;
+    use serde_json::json;
     use tower::{ServiceExt, service_fn};
 
     use super::*;
-    use crate::message::Body;
+    use crate::message::{Body, RequestId};
 
     async fn answer(
         format: Config,

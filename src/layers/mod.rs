@@ -10,6 +10,8 @@
 //! | [`security_headers`] | | `Exchange` (https) |
 //! | [`errors`] | `Exchange` (error, cause) | `RequestId`, `Exchange` |
 //! | [`hygiene`] | `Exchange` (client address, https) | `Connection` |
+//! | [`heartbeat`] | | |
+//! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
 //! | [`body_limit`] | | |
 //! | [`deadline`] | `Deadline` | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
@@ -20,9 +22,11 @@ pub mod access_log;
 pub mod body_limit;
 pub mod deadline;
 pub mod errors;
+pub mod heartbeat;
 pub mod hygiene;
 pub mod request_id;
 pub mod retry;
 pub mod security_headers;
+pub mod sse_error_event;
 pub mod stream_start;
 pub mod timeouts;

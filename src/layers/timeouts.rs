@@ -3,7 +3,8 @@
 //! A total deadline kills streams, so silence is what is measured: until the first byte of a response, and
 //! between the bytes of a body in either direction. A stream that keeps talking may last for days. The
 //! connection's own timeouts (`client_header`, `keepalive`) are kept by the server, `connect` by the client,
-//! `total` by [`deadline`](super::deadline); their keys stand here, with the others.
+//! `total` by [`deadline`](super::deadline), `heartbeat` and `sse_error_event` by the layers of these names; their keys
+//! stand here, with the others.
 //!
 //! ```
 //! use std::time::Duration;
@@ -74,6 +75,12 @@ pub struct Config {
     pub total: Toggle<HumanDuration>,
     /// Whether `total` cuts streams (event streams, and responses of unknown length) too. Default `false`.
     pub total_streams: bool,
+    /// Silence in an event stream, between two events, after which a comment is sent to the client, so that nothing on
+    /// the way takes the stream for dead: `15s`. The upstream's `idle` runs on. Default `off`.
+    pub heartbeat: Toggle<HumanDuration>,
+    /// Whether an event stream that breaks off between two events is ended with an `event: error` that says why, in the
+    /// form of `errors`, instead of being broken off. Default `false`.
+    pub sse_error_event: bool,
     /// How long a client's connection may rest between requests. Default `75s`: longer than the 60 s for
     /// which common load balancers keep theirs, so that they never meet a connection that is being closed.
     pub keepalive: HumanDuration,
@@ -90,6 +97,8 @@ impl Default for Config {
             idle: Toggle::On(seconds(300)),
             total: Toggle::Off,
             total_streams: false,
+            heartbeat: Toggle::Off,
+            sse_error_event: false,
             keepalive: seconds(75),
         }
     }
@@ -114,6 +123,15 @@ impl Check for Config {
                 && value.is_zero()
             {
                 problems.add(key, "must be longer than 0s; `off` waits for ever");
+            }
+        }
+        if let Toggle::On(every) = self.heartbeat {
+            if every.is_zero() {
+                problems.add("heartbeat", "must be longer than 0s; `off` sends none");
+            } else if let Toggle::On(idle) = self.idle
+                && idle <= every
+            {
+                problems.add("heartbeat", format!("has no effect: must be shorter than `idle` ({idle})"));
             }
         }
         if self.total_streams && self.total == Toggle::Off {

@@ -7,6 +7,7 @@ mod ext;
 pub mod forwarded;
 pub mod headers;
 pub mod path;
+mod problem;
 mod replay;
 mod service;
 
@@ -14,6 +15,7 @@ pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
     ext::{Connection, Deadline, Peer, RequestId, Tried, TunnelIdle, Undecided},
+    problem::Form,
     replay::Replay,
     service::{HttpService, ResponseFuture},
 };

@@ -38,6 +38,11 @@ impl Boundary {
         }
     }
 
+    /// Notes that the stream's data is over: where trailers have passed, nothing may be said.
+    pub const fn close(&mut self) {
+        (self.last, self.len) = ([0; 3], 1);
+    }
+
     /// Whether nothing has passed.
     #[must_use]
     pub const fn at_start(&self) -> bool {

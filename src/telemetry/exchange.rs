@@ -10,9 +10,12 @@ use std::{
 use http::{HeaderValue, Method, Uri};
 use tokio::time::Instant;
 
-use super::metrics::RouteMetrics;
+use super::{
+    log::chain,
+    metrics::{AbortedBy, RouteMetrics},
+};
 use crate::message::{
-    RequestId,
+    Error, Fault, Kind, RequestId,
     headers::{TRACEPARENT, X_SESSION_ID},
 };
 
@@ -69,6 +72,8 @@ pub struct Facts {
     pub error: Option<&'static str>,
     /// The cause behind `error`, for the log alone. Never a header value or a body.
     pub cause: Option<String>,
+    /// What cut the response off before its end, if `error` did.
+    pub aborted_by: Option<AbortedBy>,
     /// From the start to the response's head.
     pub first_byte: Option<Duration>,
     /// Present when the exchange goes on as a tunnel after its head. Made by `upstream::client`, which
@@ -137,8 +142,79 @@ impl Exchange {
         &self.0.sent
     }
 
+    /// Notes that `error` has cut the response off, or kept it from coming.
+    pub fn cut(&self, error: &(dyn std::error::Error + 'static)) {
+        let kind = Error::find(error).map_or(Kind::Internal, Error::kind);
+        let by = match (kind, kind.fault()) {
+            (Kind::UpstreamTimeout | Kind::DeadlineExceeded | Kind::ClientTimeout, _) => AbortedBy::Timeout,
+            (_, Fault::Client) => AbortedBy::Client,
+            (_, Fault::Upstream) => AbortedBy::Upstream,
+            (_, Fault::Sidegate) => AbortedBy::Sidegate,
+        };
+        let mut facts = self.facts();
+        facts.error = Some(kind.slug());
+        facts.cause = Some(chain(error));
+        facts.aborted_by = Some(by);
+    }
+
     /// The facts, to read or to write. Held for a few instructions, never over an `.await`.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.0.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The request that an error document is about.
+#[derive(Debug)]
+pub enum Subject {
+    /// In the record, which every answer ends in: nothing needs to be copied for the rare one that fails.
+    Recorded(Exchange),
+    /// Here, where no access log stands outside.
+    Kept {
+        /// The target.
+        uri: Uri,
+        /// The correlation id.
+        request_id: Option<HeaderValue>,
+    },
+}
+
+impl Subject {
+    /// What is to be remembered of `request`.
+    #[must_use]
+    pub fn of<B>(request: &http::Request<B>) -> Self {
+        match Exchange::of(request) {
+            Some(exchange) => Self::Recorded(exchange.clone()),
+            None => Self::Kept {
+                uri: request.uri().clone(),
+                request_id: request.extensions().get().map(|RequestId(id)| id.clone()),
+            },
+        }
+    }
+
+    /// Its record.
+    #[must_use]
+    pub fn exchange(&self) -> Option<&Exchange> {
+        match self {
+            Self::Recorded(exchange) => Some(exchange),
+            Self::Kept { .. } => None,
+        }
+    }
+
+    /// Its path.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        match self {
+            Self::Recorded(exchange) => exchange.asked().uri.path(),
+            Self::Kept { uri, .. } => uri.path(),
+        }
+    }
+
+    /// Its correlation id.
+    #[must_use]
+    pub fn request_id(&self) -> Option<&str> {
+        let id = match self {
+            Self::Recorded(exchange) => &exchange.asked().request_id,
+            Self::Kept { request_id, .. } => request_id,
+        };
+        id.as_ref().and_then(|id| id.to_str().ok())
     }
 }
