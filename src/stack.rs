@@ -21,6 +21,7 @@ use crate::{
         body_limit::BodyLimitLayer,
         deadline::DeadlineLayer,
         errors::{Errors, ErrorsLayer},
+        fallback::{self, FallbackLayer},
         heartbeat::HeartbeatLayer,
         hygiene::{self, Hygiene, HygieneLayer},
         request_id::{RequestIdLayer, RequestIds},
@@ -55,25 +56,18 @@ impl Stack {
     pub fn build(settings: &Settings, registry: &Registry) -> Result<Self, BuildError> {
         let mut routes = Vec::with_capacity(settings.routes.len());
         for (index, own) in settings.routes.iter().enumerate() {
-            let place =
-                |error: BoxError| BuildError { key: format!("routes.{index}.upstream ({})", own.upstream), error };
-            let upstream = settings.upstreams.get(&own.upstream).ok_or_else(|| place("there is none".into()))?;
-            let policies = own.policies(&settings.defaults);
-            let service = match (&upstream.endpoints, &upstream.respond) {
-                (Some(endpoints), _) => {
-                    let address = endpoints.iter().next().ok_or_else(|| place("it has no endpoint".into()))?;
-                    let client = registry.client(&own.upstream, upstream, address).map_err(place)?;
-                    let retry = policies.retry.as_ref().map(|config| {
-                        let metrics = registry.metrics().retries(&own.upstream);
-                        RetryLayer::new(config, registry.budget(&own.upstream), metrics)
-                    });
-                    route(own, &policies, &settings.defaults, attempts(retry, attempt(&policies, client)))
+            let place = |key: &str, name: &str, error: BoxError| BuildError {
+                key: format!("routes.{index}.{key} ({name})"),
+                error,
+            };
+            let upstreams = Upstreams { settings, registry, policies: own.policies(&settings.defaults) };
+            let upstream = upstreams.find(&own.upstream).map_err(|error| place("upstream", &own.upstream, error))?;
+            let service = match upstream {
+                Kind::Fixed(respond) => route(own, &upstreams.policies, &settings.defaults, None, respond),
+                Kind::Backend(backend) => {
+                    let fallback = upstreams.fallback(own).map_err(|(name, error)| place("fallback", name, error))?;
+                    route(own, &upstreams.policies, &settings.defaults, fallback, backend)
                 }
-                (None, Some(respond)) => {
-                    let respond = Respond::new(own.upstream.as_str().into(), respond);
-                    route(own, &policies, &settings.defaults, respond)
-                }
-                (None, None) => return Err(place("it has neither `endpoints` nor `respond`".into())),
             };
             let target = Target { metrics: registry.metrics().route(&own.name()), service };
             routes.push((own.matches.clone(), target));
@@ -162,8 +156,14 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
         .service(routes)
 }
 
-/// Around the upstream of one route.
-fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, upstream: S) -> HttpService {
+/// Around the upstreams of one route.
+fn route<S: Endpoint>(
+    own: &Route,
+    policies: &Defaults,
+    defaults: &Defaults,
+    fallback: Option<FallbackLayer>,
+    upstream: S,
+) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
     // Its own form of errors; and what decorates responses must see its errors as responses.
     let errors = (headers.is_some() || policies.errors != defaults.errors).then(|| {
@@ -186,8 +186,57 @@ fn route<S: Endpoint>(own: &Route, policies: &Defaults, defaults: &Defaults, ups
             .option_layer(body_limit)
             .option_layer(client_body)
             .option_layer(deadline)
+            // Inside the deadline, which runs on from one upstream to the next.
+            .option_layer(fallback)
             .service(upstream),
     )
+}
+
+/// The upstreams, as the policies of one route have them.
+struct Upstreams<'a> {
+    settings: &'a Settings,
+    registry: &'a Registry,
+    policies: Defaults,
+}
+
+/// An upstream, by what it is.
+enum Kind<S> {
+    /// Requests are sent to it.
+    Backend(S),
+    /// It is a fixed answer.
+    Fixed(Respond),
+}
+
+impl Upstreams<'_> {
+    fn find(&self, name: &str) -> Result<Kind<impl Endpoint + use<>>, BoxError> {
+        let upstream = self.settings.upstreams.get(name).ok_or("there is none")?;
+        match (&upstream.endpoints, &upstream.respond) {
+            (Some(endpoints), _) => {
+                let address = endpoints.iter().next().ok_or("it has no endpoint")?;
+                let client = self.registry.client(name, upstream, address)?;
+                let retry = self.policies.retry.as_ref().map(|config| {
+                    RetryLayer::new(config, self.registry.budget(name), self.registry.metrics().retries(name))
+                });
+                Ok(Kind::Backend(attempts(retry, attempt(&self.policies, client))))
+            }
+            (None, Some(respond)) => Ok(Kind::Fixed(Respond::new(name.into(), respond))),
+            (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
+        }
+    }
+
+    /// Those after the upstream of `route`.
+    fn fallback(&self, route: &Route) -> Result<Option<FallbackLayer>, (&str, BoxError)> {
+        let Some(config) = self.policies.fallback.as_ref() else { return Ok(None) };
+        let target = |entry: &fallback::Entry| match self.find(&entry.upstream)? {
+            Kind::Fixed(respond) => Ok(fallback::Target::fixed(entry, HttpService::new(respond))),
+            Kind::Backend(backend) => fallback::Target::new(entry, HttpService::new(backend)),
+        };
+        let targets = config.to.iter().map(|entry| target(entry).map_err(|error| (&*entry.upstream, error)));
+        let targets = targets.collect::<Result<_, _>>()?;
+        let replay = usize::try_from(config.replay.get()).unwrap_or(usize::MAX);
+        let metrics = self.registry.metrics().clone();
+        Ok(Some(FallbackLayer::new(&route.name(), &route.upstream, targets, replay, metrics)))
+    }
 }
 
 /// Around the endpoints of one upstream.
@@ -196,11 +245,14 @@ fn attempts<S: Endpoint>(retry: Option<RetryLayer>, upstream: S) -> impl Endpoin
 }
 
 /// Around one endpoint.
-fn attempt(policies: &Defaults, client: Client) -> impl Endpoint {
+fn attempt(policies: &Defaults, client: Client) -> impl Endpoint + use<> {
     let timeouts = &policies.timeouts;
     ServiceBuilder::new()
         // Where a failure can still be mended, a stream has not answered before it says something.
-        .option_layer((!policies.retry.is_off()).then(|| StreamStartLayer::new(duration(timeouts.first_byte))))
+        .option_layer(
+            (!policies.retry.is_off() || !policies.fallback.is_off())
+                .then(|| StreamStartLayer::new(duration(timeouts.first_byte))),
+        )
         .map_response(|response: http::Response<_>| response.map(Body::new))
         .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
         .layer(IdleLayer::new(duration(timeouts.idle)))

@@ -23,7 +23,7 @@ use std::{
 };
 
 use http::{HeaderValue, Method, StatusCode, header, uri::Authority};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
@@ -312,24 +312,28 @@ fn problem(status: StatusCode, detail: &str) -> Response {
 }
 
 /// Takes out of `given` what might be secret: what is called so, passwords in URLs, and values of header fields that
-/// routes match. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
+/// routes match or that requests are given. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
 #[must_use]
 pub fn redact(given: Value) -> Value {
+    redact_within(given, false)
+}
+
+fn redact_within(given: Value, json: bool) -> Value {
     match given {
-        Value::Object(entries) => entries.into_iter().map(|(key, value)| redact_entry(key, value)).collect(),
-        Value::Array(items) => items.into_iter().map(redact).collect(),
+        Value::Object(entries) => entries.into_iter().map(|(key, value)| redact_entry(key, value, json)).collect(),
+        Value::Array(items) => items.into_iter().map(|item| redact_within(item, json)).collect(),
         Value::String(text) => Value::String(without_password(text)),
         other => other,
     }
 }
 
-fn redact_entry(key: String, value: Value) -> (String, Value) {
-    const SECRETS: [&str; 5] = ["token", "secret", "password", "credential", "api_key"];
+fn redact_entry(key: String, value: Value, within_json: bool) -> (String, Value) {
+    const SECRETS: [&str; 6] = ["token", "secret", "password", "credential", "api_key", "bearer"];
     let is_secret = SECRETS.iter().any(|secret| key.contains(secret));
     let value = match (key.as_str(), value) {
-        (_, Value::Object(place)) if is_secret && place.keys().all(|key| key == "env" || key == "file") => {
-            Value::Object(place)
-        }
+        (_, Value::Object(place)) if is_secret && is_place(&place) => Value::Object(place),
+        // `max_tokens` of a body.
+        (_, Value::Number(number)) if within_json => Value::Number(number),
         (_, _) if is_secret => Secret::REDACTED.into(),
         ("match", Value::Object(mut of)) => {
             if let Some(Value::Object(headers)) = of.get_mut("headers") {
@@ -337,9 +341,22 @@ fn redact_entry(key: String, value: Value) -> (String, Value) {
             }
             Value::Object(of)
         }
-        (_, value) => redact(value),
+        ("headers", Value::Object(mut of)) => {
+            if let Some(Value::Object(set)) = of.get_mut("set") {
+                let texts = set.values_mut().filter(|value| !value.as_object().is_some_and(is_place));
+                texts.for_each(|value| *value = Secret::REDACTED.into());
+            }
+            redact_within(Value::Object(of), within_json)
+        }
+        ("json", value) => redact_within(value, true),
+        (_, value) => redact_within(value, within_json),
     };
     (key, value)
+}
+
+/// Whether it says where a secret is.
+fn is_place(of: &Map<String, Value>) -> bool {
+    of.keys().all(|key| key == "env" || key == "file")
 }
 
 /// A URL without the password in it.
@@ -476,13 +493,27 @@ mod tests {
             "admin": { "listen": "127.0.0.1:9090", "token": "abc" },
             "other": { "token": { "env": "TOKEN" } },
             "upstreams": { "api": { "endpoints": ["http://user:pass@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
-            "routes": [{ "match": { "path": "/a", "headers": { "x-key": "abc" } }, "upstream": "api" }],
+            "routes": [{
+                "match": { "path": "/a", "headers": { "x-key": "abc" } },
+                "fallback": [{
+                    "headers": { "bearer": "abc", "set": { "x-api-key": "abc", "x-b": { "env": "B" } } },
+                    "json": { "max_tokens": 100, "token": "abc" },
+                }],
+            }],
         });
         let expected = json!({
             "admin": { "listen": "127.0.0.1:9090", "token": Secret::REDACTED },
             "other": { "token": { "env": "TOKEN" } },
             "upstreams": { "api": { "endpoints": ["http://[redacted]@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
-            "routes": [{ "match": { "path": "/a", "headers": { "x-key": Secret::REDACTED } }, "upstream": "api" }],
+            "routes": [{
+                "match": { "path": "/a", "headers": { "x-key": Secret::REDACTED } },
+                "fallback": [{
+                    "headers": {
+                        "bearer": Secret::REDACTED, "set": { "x-api-key": Secret::REDACTED, "x-b": { "env": "B" } },
+                    },
+                    "json": { "max_tokens": 100, "token": Secret::REDACTED },
+                }],
+            }],
         });
         assert_eq!(redact(given), expected);
     }

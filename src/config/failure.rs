@@ -29,7 +29,7 @@ pub enum Failure {
 
 impl Failure {
     /// Those with a name.
-    const NAMED: [Self; 6] =
+    pub const NAMED: [Self; 6] =
         [Self::Connect, Self::Reset, Self::Timeout, Self::CircuitOpen, Self::NoHealthyEndpoint, Self::Overloaded];
 
     /// What an attempt came to, if it is a failure: of an error, those that are the upstream's; of an answer, its

@@ -14,6 +14,7 @@
 //! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
 //! | [`body_limit`] | | |
 //! | [`deadline`] | `Deadline` | |
+//! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
 //! | [`stream_start`] | | `Undecided`, `Exchange` (bytes received) |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
@@ -22,6 +23,7 @@ pub mod access_log;
 pub mod body_limit;
 pub mod deadline;
 pub mod errors;
+pub mod fallback;
 pub mod heartbeat;
 pub mod hygiene;
 pub mod request_id;

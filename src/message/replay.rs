@@ -99,6 +99,12 @@ impl Replay {
         self.0.as_ref().is_none_or(|shared| !lock(shared).lost)
     }
 
+    /// Whether it was clear from the start that there is no body.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
     /// Whether the body will be kept, as far as is known before it was read: one whose length is beyond the limit is not.
     #[must_use]
     pub fn is_kept(&self) -> bool {

@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{body_limit, errors, hygiene, request_id, retry, security_headers, timeouts},
+    layers::{body_limit, errors, fallback, hygiene, request_id, retry, security_headers, timeouts},
     route::Match,
     telemetry::log,
     upstream::{
@@ -248,6 +248,9 @@ pub struct Defaults {
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
     pub body_limit: Toggle<body_limit::Config>,
+    /// The upstreams that step in where the route's own failed, in this order: a list, or a section with the list in
+    /// `to`. Default `off`.
+    pub fallback: Toggle<fallback::Config>,
     /// When a request is sent again that its upstream failed to serve. Default `off`.
     pub retry: Toggle<retry::Config>,
     /// The form of sidegate's own errors: `problem` or `openai`. Default `problem`.
@@ -260,6 +263,7 @@ impl Default for Defaults {
             security_headers: Toggle::On(security_headers::Config::default()),
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
+            fallback: Toggle::Off,
             retry: Toggle::Off,
             errors: errors::Config::default(),
         }
@@ -288,6 +292,9 @@ pub struct Route {
     /// Instead of `defaults.body_limit`; `off` sets none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_limit: Option<Toggle<body_limit::Config>>,
+    /// Instead of `defaults.fallback`; `off` leaves failures to the route's own upstream.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Toggle<fallback::Config>>,
     /// Instead of `defaults.retry`; `off` sends every request once.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retry: Option<Toggle<retry::Config>>,
@@ -306,6 +313,7 @@ impl Route {
             security_headers: None,
             timeouts: None,
             body_limit: None,
+            fallback: None,
             retry: None,
             errors: None,
         }
@@ -335,6 +343,7 @@ impl Route {
             security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
+            fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
             retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
             errors: self.errors.unwrap_or(defaults.errors),
         }
@@ -372,7 +381,8 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, timeouts, body_limit, retry, errors } = route.policies(&self.defaults);
+            let Defaults { security_headers, timeouts, body_limit, fallback, retry, errors } =
+                route.policies(&self.defaults);
             let name = Some(route.name()).filter(|name| is_route_name(name));
             let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
             *route = Route {
@@ -382,6 +392,7 @@ impl Settings {
                 security_headers: Some(security_headers),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
+                fallback: Some(fallback),
                 retry: Some(retry),
                 errors: Some(errors),
             };
@@ -429,6 +440,7 @@ impl Settings {
             });
         }
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
+        self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
     }
@@ -488,17 +500,11 @@ impl Settings {
                         problems.add("name", format!("`{}` is the name of `{other}` already", route.name()));
                     }
                 }
-                if !upstreams.is_empty() && !upstreams.contains(&&*route.upstream) {
-                    let near = match nearest(&route.upstream, upstreams.iter().copied()) {
-                        Some(near) => format!("did you mean `{near}`?"),
-                        None => format!("there are `{}`", upstreams.join("`, `")),
-                    };
-                    problems.add("upstream", format!("there is no upstream `{}`: {near}", route.upstream));
-                }
+                check_name(&route.upstream, "upstream", &upstreams, problems);
                 problems.at("match", |problems| route.matches.check(problems));
                 if let Some(Toggle::On(retry)) = &route.retry {
                     problems.at("retry", |problems| {
-                        if self.upstreams.get(&route.upstream).is_some_and(|upstream| upstream.respond.is_some()) {
+                        if self.is_fixed(&route.upstream) {
                             problems.add("", format!("has no effect: `{}` is a fixed answer", route.upstream));
                         }
                         retry.check(problems);
@@ -518,8 +524,69 @@ impl Settings {
                     }
                 });
             });
+            self.check_fallback_of(n, route, tree, problems);
         }
     }
+
+    fn check_fallback_of(&self, n: usize, route: &Route, tree: &Tree, problems: &mut Problems) {
+        let place = format!("routes.{n}");
+        let fixed = self.is_fixed(&route.upstream);
+        match (&route.fallback, self.defaults.fallback.as_ref()) {
+            (Some(Toggle::On(_)), _) if fixed => {
+                problems
+                    .add(format!("{place}.fallback"), format!("has no effect: `{}` is a fixed answer", route.upstream));
+            }
+            (Some(own), _) => self.check_fallback(tree, &place, own, Some(&route.upstream), problems),
+            // A fixed answer never fails, whatever it inherits.
+            (None, Some(inherited)) if !fixed && inherited.to.iter().any(|entry| entry.upstream == route.upstream) => {
+                let how = "give the route a `fallback` of its own, or `fallback: off`";
+                problems
+                    .add(place, format!("falls back to its own upstream `{}` by `defaults`: {how}", route.upstream));
+            }
+            (None, _) => {}
+        }
+    }
+
+    /// What is wrong with the fallbacks at `place`, which are those of a route to `own`, or of any.
+    fn check_fallback(
+        &self,
+        tree: &Tree,
+        place: &str,
+        fallback: &Toggle<fallback::Config>,
+        own: Option<&str>,
+        problems: &mut Problems,
+    ) {
+        let Toggle::On(config) = fallback else { return };
+        let place = format!("{place}.fallback");
+        let list = if tree.has(&format!("{place}.to")) { "to." } else { "" };
+        let upstreams = tree.names("upstreams");
+        problems.at(&place, |problems| {
+            for (n, entry) in config.to.iter().enumerate() {
+                let key = format!("{list}{n}");
+                let section = tree.has(&format!("{place}.{key}.upstream"));
+                let key = if section { format!("{key}.upstream") } else { key };
+                check_name(&entry.upstream, &key, &upstreams, problems);
+            }
+            config.check(list, own, |name| self.is_fixed(name), problems);
+        });
+    }
+
+    /// Whether the upstream `name` is a fixed answer.
+    fn is_fixed(&self, name: &str) -> bool {
+        self.upstreams.get(name).is_some_and(|upstream| upstream.respond.is_some())
+    }
+}
+
+/// Adds that there is no upstream `name`, which stands at `key`, if there is none. That there is none at all was said.
+fn check_name(name: &str, key: &str, upstreams: &[&str], problems: &mut Problems) {
+    if upstreams.is_empty() || upstreams.contains(&name) {
+        return;
+    }
+    let near = match nearest(name, upstreams.iter().copied()) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None => format!("there are `{}`", upstreams.join("`, `")),
+    };
+    problems.add(key, format!("there is no upstream `{name}`: {near}"));
 }
 
 /// The timeouts that no route can have.

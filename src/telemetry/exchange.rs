@@ -66,7 +66,7 @@ pub struct Facts {
     pub endpoint: Option<Arc<str>>,
     /// How many times the request was sent again.
     pub retries: u32,
-    /// Whether another upstream than the route's first answered.
+    /// Whether another upstream than the route's own was asked.
     pub fallback: bool,
     /// The slug of the error that sidegate answered with, or that cut the response off.
     pub error: Option<&'static str>,

@@ -48,6 +48,8 @@ struct Families {
     attempts: Family<Attempt, Counter>,
     retries: Family<Retried, Counter>,
     not_retried: Family<NotRetried, Counter>,
+    fallbacks: Family<FellBack, Counter>,
+    no_fallbacks: Family<NoFallback, Counter>,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -239,6 +241,8 @@ impl Metrics {
             attempts: Family::default(),
             retries: Family::default(),
             not_retried: Family::default(),
+            fallbacks: Family::default(),
+            no_fallbacks: Family::default(),
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -257,6 +261,9 @@ impl Metrics {
         all.register("retries", "Requests sent again to an upstream, by outcome", f.retries.clone());
         let help = "Failures that were not tried again although they might have been, by reason";
         all.register("retries_not_made", help, f.not_retried.clone());
+        all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
+        let help = "Fallbacks that a request could not be sent to, by reason";
+        all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -335,6 +342,21 @@ impl Metrics {
         }
     }
 
+    /// Counts a request of `route` that goes from the upstream `from`, which failed so, to another one. Upstreams and
+    /// failures are those of the file.
+    pub fn fallback(&self, route: &str, from: &str, to: &str, reason: &impl ToString) {
+        let [route, from, to] = [route, from, to].map(str::to_owned);
+        let labels = FellBack { route, from, to, reason: reason.to_string() };
+        self.0.families.fallbacks.get_or_create(&labels).inc();
+    }
+
+    /// Counts a request of `route` that could not go to the upstream `to`: its `body` was no longer at hand, or was not
+    /// `json` to rewrite.
+    pub fn no_fallback(&self, route: &str, to: &str, reason: &'static str) {
+        let labels = NoFallback { route: route.to_owned(), to: to.to_owned(), reason };
+        self.0.families.no_fallbacks.get_or_create(&labels).inc();
+    }
+
     /// Counts a response that sidegate made itself. `slug` comes from `message::Kind`, a closed list.
     pub fn error(&self, slug: &'static str) {
         self.0.families.errors.get_or_create(&Slug { slug }).inc();
@@ -409,6 +431,21 @@ struct Retried {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct NotRetried {
     upstream: String,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FellBack {
+    route: String,
+    from: String,
+    to: String,
+    reason: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NoFallback {
+    route: String,
+    to: String,
     reason: &'static str,
 }
 

@@ -9,6 +9,7 @@ mod config;
 mod demo;
 mod drain;
 mod errors;
+mod fallback;
 mod fastapi;
 mod floors;
 mod forwarded;
