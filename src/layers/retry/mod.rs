@@ -2,8 +2,8 @@
 //!
 //! Only where that cannot do twice what was asked for once: the method is idempotent (RFC 9110 §9.2.2: a proxy must not
 //! repeat any other by itself), or it is certain that the upstream never saw the request. And only while nothing of a
-//! response has reached the client. A body is read again from what was kept of it while it was sent, up to `replay`; a
-//! larger one is sent, and not sent again once a byte of it has left.
+//! response has reached the client. The body of an idempotent request is read again from what was kept of it while it was
+//! sent, up to `replay`; a larger one is sent, and not sent again once a byte of it has left.
 //!
 //! Retries are what turns an upstream that is slow into one that is down. Three things keep them from it: a budget
 //! ([`Budget`]) that all routes to an upstream share, a wait before each of them that doubles and is wholly random (full
@@ -246,8 +246,10 @@ impl Settings {
         S: Service<Request, Response = Response, Error = BoxError>,
     {
         let _under_way = self.budget.request(Instant::now());
-        let limit = usize::try_from(self.config.replay.get()).unwrap_or(usize::MAX);
         let (mut head, body) = request.into_parts();
+        let can_repeat = head.method.is_idempotent();
+        // What must not be repeated is sent again only if nothing of it has left: then nothing needs to be kept.
+        let limit = if can_repeat { usize::try_from(self.config.replay.get()).unwrap_or(usize::MAX) } else { 0 };
         head.extensions.insert(Tried::default());
         let replay = if let Some(outer) = head.extensions.get::<Replay>() {
             // It is the body already.
@@ -259,7 +261,6 @@ impl Settings {
         // Whoever left it there leaves it whole.
         let lost = || Error::new(Kind::Internal, "the body was lost before the first attempt");
         let mut body = replay.body().ok_or_else(lost)?;
-        let can_repeat = head.method.is_idempotent();
         let mut made: Option<Made<'_>> = None;
         let mut attempts = 0;
         loop {
@@ -412,8 +413,11 @@ mod tests {
         let upstream = service_fn(move |request: Request| {
             let asked = asked.clone();
             async move {
-                let body = request.into_body().collect().await.unwrap().to_bytes().to_vec();
                 let n = asked.lock().unwrap().len();
+                let body = match acts[n] {
+                    Act::Fail(Kind::ConnectFailed) => b"unread".to_vec(),
+                    _ => request.into_body().collect().await.unwrap().to_bytes().to_vec(),
+                };
                 asked.lock().unwrap().push((begun.elapsed(), body));
                 let answer = |status, after: Option<&str>| {
                     let mut response = http::Response::builder().status(status);
@@ -444,7 +448,7 @@ mod tests {
     async fn times(method: Method, acts: &'static [Act]) -> (Option<u16>, usize) {
         let config = Config { attempts: 3, ..Config::default() };
         let (result, asked) = ask(&config, &Budget::default(), request(method, "body"), acts).await;
-        assert!(asked.iter().all(|(_, body)| body == b"body"), "whole, each time");
+        assert!(asked.iter().all(|(_, body)| body == b"body" || body == b"unread"), "whole, each time");
         (result.ok().map(|response| response.status().as_u16()), asked.len())
     }
 
