@@ -11,8 +11,8 @@
 //! be seen) or has an announced length, is left alone.
 //!
 //! It says nothing about the upstream: `timeouts.idle` runs on, and a stream that is held back until it begins (see
-//! [`stream_start`](super::stream_start)) has no head yet that a comment could follow. A client that does not read gets
-//! no more than one, because nobody asks for the next.
+//! [`stream_start`](super::stream_start)) has no head yet that a comment could follow. For a client that does not read,
+//! no more comments are made than its connection takes: bodies are only asked for what can be sent.
 //!
 //! ```
 //! use std::time::Duration;

@@ -128,7 +128,8 @@ pin_project! {
         inner: F,
         undecided: bool,
         patience: Option<Patience>,
-        held: Option<Held>,
+        // Boxed: what is rare must not make the future of every request larger.
+        held: Option<Box<Held>>,
     }
 }
 
@@ -150,7 +151,7 @@ where
             if !may_wait {
                 return Poll::Ready(Ok(response));
             }
-            Held::new(response)
+            Box::new(Held::new(response))
         };
         if held.poll_begun(cx)?.is_ready() {
             return Poll::Ready(Ok(held.release()));

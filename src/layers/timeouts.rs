@@ -65,7 +65,8 @@ pub struct Config {
     /// To resolve, connect and, for `https`, greet an endpoint; 502. Default `5s`.
     pub connect: HumanDuration,
     /// From the request's last byte to the response's head; 504. Default `5m`, because a long completion
-    /// that is not streamed sends nothing before its end; `off` waits for ever.
+    /// that is not streamed sends nothing before its end; `off` waits for ever. Where a retry or a fallback could still
+    /// step in, to the first event of an event stream.
     pub first_byte: Toggle<HumanDuration>,
     /// Silence within a response's body, or in both directions of a tunnel; the response is broken off. That
     /// of `defaults` also bounds how long a client may take nothing of what is sent to it, over HTTP/2 on each

@@ -4,6 +4,7 @@
 
 mod harness;
 
+mod assistant;
 mod cli;
 mod config;
 mod demo;

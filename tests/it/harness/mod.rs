@@ -39,6 +39,17 @@ pub fn figure(text: &str) {
     std::io::stderr().write_all(format!("figure: {text}\n").as_bytes()).ok();
 }
 
+/// The file of `config/examples` of this name, with all of the first replaced by the second of each pair.
+pub fn example(name: &str, changes: &[(&str, &str)]) -> String {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("config/examples").join(name);
+    let mut text = std::fs::read_to_string(path).unwrap();
+    for (from, to) in changes {
+        assert!(text.contains(from), "{name} says `{from}`");
+        text = text.replace(from, to);
+    }
+    text
+}
+
 /// A duration for people.
 pub fn ms(duration: Duration) -> String {
     format!("{:.2} ms", duration.as_secs_f64() * 1000.0)

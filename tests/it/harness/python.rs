@@ -62,6 +62,11 @@ impl Fastapi {
         format!("http://{}", self.address)
     }
 
+    /// Where another one may take its place.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
     /// Asks the application itself, past the proxy.
     pub async fn ask(&self, request: impl AsRef<[u8]>) -> Message {
         Wire::ask(self.address, request).await

@@ -1,0 +1,216 @@
+//! The system of `config/examples/assistant.yaml`, with a real FastAPI application and another one that plays Ollama.
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+
+use crate::harness::{Fastapi, Message, Proxy, Wire, eventually, example};
+
+const REQUEST: &str = r#"{"messages": [{"role": "user", "content": "Who are you?"}]}"#;
+
+struct System {
+    assistant: Fastapi,
+    ollama: Fastapi,
+    proxy: Proxy,
+}
+
+/// The system as its file has it, on other ports and with less patience.
+async fn system() -> System {
+    let (assistant, ollama) = tokio::join!(Fastapi::app("assistant", 0, &[]), Fastapi::app("ollama", 0, &[]));
+    let file = example(
+        "assistant.yaml",
+        &[
+            ("listen: 127.0.0.1:8080", "listen: 127.0.0.1:0"),
+            ("listen: 127.0.0.1:9090", "listen: 127.0.0.1:0"),
+            ("http://127.0.0.1:8000", &assistant.url()),
+            ("http://127.0.0.1:11434", &ollama.url()),
+            ("first_byte: 12s", "first_byte: 700ms"),
+            ("idle: 30s", "idle: 700ms"),
+            ("heartbeat: 10s", "heartbeat: 200ms"),
+        ],
+    );
+    System { assistant, ollama, proxy: Proxy::start(&file).await }
+}
+
+impl System {
+    async fn ask(&self, id: &str) -> Message {
+        self.proxy.ask(request(id)).await
+    }
+
+    /// What was asked of Ollama last.
+    async fn asked_of_ollama(&self) -> Value {
+        let all = self.ollama.ask("GET /asked HTTP/1.1\r\nhost: ollama\r\n\r\n").await.json();
+        all.as_array().unwrap().last().expect("it was asked").clone()
+    }
+}
+
+fn request(id: &str) -> String {
+    let length = REQUEST.len();
+    format!(
+        "POST /ask HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}\r\nauthorization: Bearer key\r\n\
+         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{REQUEST}"
+    )
+}
+
+async fn set_mode(assistant: &Fastapi, mode: &str) {
+    let answer =
+        assistant.ask(format!("PUT /mode/{mode} HTTP/1.1\r\nhost: assistant\r\ncontent-length: 0\r\n\r\n")).await;
+    assert_eq!(answer.status(), 204);
+}
+
+/// The tokens of a stream in OpenAI's form, joined. It must be whole.
+fn tokens(stream: &str) -> String {
+    let data: Vec<&str> = stream.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+    let (last, chunks) = data.split_last().expect("events");
+    assert_eq!(*last, "[DONE]", "{stream}");
+    let token = |chunk: &&str| -> String {
+        let chunk: Value = serde_json::from_str(chunk).unwrap();
+        chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned()
+    };
+    chunks.iter().map(token).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_is_untouched() {
+    let system = system().await;
+    let answer = system.ask("ask-1").await;
+    let direct = system.assistant.ask(request("ask-1")).await;
+    assert_eq!((answer.status(), answer.text()), (200, direct.text()));
+    assert_eq!(tokens(&answer.text()), "Hello from the assistant.");
+    assert_eq!(answer.head.get("proxy-status"), None);
+
+    set_mode(&system.assistant, "paused").await;
+    let mut client = system.proxy.connect().await;
+    client.send(request("ask-2")).await;
+    assert_eq!(client.head().await.status(), 200);
+    let first = client.chunk().await.unwrap();
+    assert!(str::from_utf8(&first).unwrap().contains("\"Hello\""), "the first token comes while there is no second");
+    set_mode(&system.assistant, "ok").await;
+    let mut stream = first;
+    while let Some(chunk) = client.chunk().await {
+        stream.extend(chunk);
+    }
+    assert_eq!(String::from_utf8(stream).unwrap().replace(":\n\n", ""), direct.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_before_its_first_token_is_answered_by_ollama() {
+    let system = system().await;
+    for mode in ["loading", "out-of-memory", "silent"] {
+        set_mode(&system.assistant, mode).await;
+        let answer = system.ask(mode).await;
+        assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from Ollama."), "{mode}");
+        assert_eq!(answer.head.all("proxy-status"), [r#"sidegate; next-hop="ollama""#], "{mode}");
+        let line = system.proxy.access_line(mode).await;
+        assert_eq!((&line["upstream"], &line["fallback"]), (&json!("ollama"), &json!(true)), "{line}");
+        let asked = system.asked_of_ollama().await;
+        let mut body: Value = serde_json::from_str(REQUEST).unwrap();
+        body["model"] = "llama3.2".into();
+        body["stream"] = true.into();
+        assert_eq!(asked["body"], body, "{mode}");
+        assert_eq!(asked["headers"]["authorization"], Value::Null, "the credential was not meant for it");
+        assert_eq!(asked["headers"]["x-request-id"], mode);
+    }
+    // What the application refuses is its answer, and nobody else's business.
+    let wrong = "POST /ask HTTP/1.1\r\nhost: localhost\r\ncontent-length: 2\r\n\r\n{}";
+    set_mode(&system.assistant, "ok").await;
+    let answer = system.proxy.ask(wrong).await;
+    assert_eq!((answer.status(), answer.json()["detail"].as_str()), (422, Some("`messages` is missing")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_assistant_is_stood_in_for_until_it_is_back() {
+    let System { assistant, ollama, proxy } = system().await;
+    let port = assistant.port();
+    drop(assistant);
+    for n in 0..6 {
+        let answer = proxy.ask(request(&format!("down-{n}"))).await;
+        assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from Ollama."));
+    }
+
+    let _assistant = Fastapi::app("assistant", port, &[]).await;
+    eventually("the assistant to answer again", || async {
+        tokens(&proxy.ask(request("back")).await.text()) == "Hello from the assistant."
+    })
+    .await;
+    drop(ollama);
+    let answer = proxy.ask(request("alone")).await;
+    assert_eq!(tokens(&answer.text()), "Hello from the assistant.");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_everybody_gone_the_answer_says_so() {
+    let System { assistant, ollama, proxy } = system().await;
+    drop((assistant, ollama));
+    // The breakers open on the way, which changes nothing for who asks.
+    for n in 0..7 {
+        let answer = proxy.ask(request(&format!("gone-{n}"))).await;
+        assert_eq!((answer.status(), answer.head.get("retry-after")), (503, Some("30")));
+        let message = "The assistant is offline. Try again in half a minute.";
+        let error = json!({ "error": { "message": message, "type": "server_error", "code": "offline" } });
+        assert_eq!(answer.json(), error);
+        assert_eq!(answer.head.get("content-type"), Some("application/json"));
+    }
+    let line = proxy.access_line("gone-6").await;
+    assert_eq!((&line["upstream"], &line["fallback"]), (&json!("offline"), &json!(true)), "{line}");
+}
+
+/// A client that has the first token of a stream that goes no further.
+async fn in_the_middle(system: &System, id: &str) -> Wire {
+    set_mode(&system.assistant, "paused").await;
+    let mut client = system.proxy.connect().await;
+    client.send(request(id).replacen("\r\n", "\r\nconnection: close\r\n", 1)).await;
+    assert_eq!(client.head().await.status(), 200);
+    assert!(String::from_utf8(client.chunk().await.unwrap()).unwrap().contains("\"Hello\""));
+    client
+}
+
+/// The error in the last event of a stream, past comments.
+async fn last_error(client: &mut Wire) -> Value {
+    let mut rest = String::new();
+    while let Some(chunk) = client.chunk().await {
+        rest += str::from_utf8(&chunk).unwrap();
+    }
+    let event =
+        rest.trim_start_matches(":\n\n").strip_prefix("event: error\ndata: ").unwrap_or_else(|| panic!("{rest}"));
+    serde_json::from_str::<Value>(event.strip_suffix("\n\n").unwrap()).unwrap()["error"].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_dies_in_the_middle_says_so_and_is_nobody_else_s() {
+    let system = system().await;
+    let mut client = in_the_middle(&system, "middle-1").await;
+    let System { assistant, ollama, proxy } = system;
+    drop(assistant);
+    let error = last_error(&mut client).await;
+    assert_eq!((&error["code"], &error["type"]), (&json!("upstream-reset"), &json!("server_error")));
+    let line = proxy.access_line("middle-1").await;
+    assert_eq!((&line["error"], &line["aborted_by"]), (&json!("upstream-reset"), &json!("upstream")), "{line}");
+    let asked = ollama.ask("GET /asked HTTP/1.1\r\nhost: ollama\r\n\r\n").await.json();
+    assert_eq!(asked, json!([]), "no bytes of two upstreams in one answer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_falls_silent_is_kept_alive_and_then_ended() {
+    let system = system().await;
+    let mut client = in_the_middle(&system, "silent-1").await;
+    let comment = client.chunk().await.unwrap();
+    assert_eq!(comment, b":\n\n");
+    let error = last_error(&mut client).await;
+    assert_eq!(
+        (&error["code"], &error["message"]),
+        (&json!("upstream-timeout"), &json!("the upstream did not answer in time"))
+    );
+    let line = system.proxy.access_line("silent-1").await;
+    assert_eq!((&line["error"], &line["aborted_by"]), (&json!("upstream-timeout"), &json!("timeout")), "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_ask_at_once_and_all_are_answered_whole() {
+    let system = system().await;
+    let ids: Vec<String> = (0..100).map(|n| format!("many-{n}")).collect();
+    let answers = join_all(ids.iter().map(|id| system.ask(id))).await;
+    for answer in answers {
+        let tokens = tokens(&answer.text());
+        assert!(tokens == "Hello from the assistant." || tokens == "Hello from Ollama.", "{tokens}");
+    }
+}
