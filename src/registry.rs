@@ -1,19 +1,19 @@
 //! What outlives a configuration: samples, the log, and upstream clients whose settings did not change.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use http::HeaderValue;
 
 use crate::{
-    layers::{hygiene::pseudonym, retry::Budget},
+    layers::{circuit_breaker::Breaker, hygiene::pseudonym, retry::Budget},
     message::BoxError,
     settings::Upstream,
     telemetry::{Metrics, log::Writer},
-    upstream::{Address, Client},
+    upstream::{Address, Client, client},
 };
 
 /// The live state of the process. A reload builds its new stack from the same one.
@@ -21,8 +21,9 @@ pub struct Registry {
     metrics: Metrics,
     log: Writer,
     via: HeaderValue,
-    clients: Mutex<HashMap<(String, Address), (Upstream, Client)>>,
+    clients: Mutex<HashMap<(String, Address), (client::Config, Client)>>,
     budgets: Mutex<HashMap<String, Budget>>,
+    breakers: Mutex<HashMap<(String, Address), Arc<Breaker>>>,
 }
 
 impl fmt::Debug for Registry {
@@ -35,7 +36,14 @@ impl Registry {
     /// A registry without clients.
     #[must_use]
     pub fn new(metrics: Metrics, log: Writer) -> Self {
-        Self { metrics, log, via: pseudonym(), clients: Mutex::default(), budgets: Mutex::default() }
+        Self {
+            metrics,
+            log,
+            via: pseudonym(),
+            clients: Mutex::default(),
+            budgets: Mutex::default(),
+            breakers: Mutex::default(),
+        }
     }
 
     /// The samples.
@@ -63,11 +71,12 @@ impl Registry {
     pub fn client(&self, name: &str, upstream: &Upstream, address: &Address) -> Result<Client, BoxError> {
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (name.to_owned(), address.clone());
-        if let Some((_, client)) = clients.get(&key).filter(|(known, _)| known == upstream) {
+        let config = upstream.client();
+        if let Some((_, client)) = clients.get(&key).filter(|(known, _)| *known == config) {
             return Ok(client.clone());
         }
-        let client = Client::new(name, address, &upstream.client(), &self.metrics)?;
-        clients.insert(key, (upstream.clone(), client.clone()));
+        let client = Client::new(name, address, &config, &self.metrics)?;
+        clients.insert(key, (config, client.clone()));
         Ok(client)
     }
 
@@ -77,13 +86,42 @@ impl Registry {
         budgets.entry(name.to_owned()).or_default().clone()
     }
 
-    /// Drops the clients of endpoints that are no longer named. Requests in flight keep theirs to their end.
-    pub fn retain(&self, upstreams: &std::collections::BTreeMap<String, Upstream>) {
+    /// The circuit breaker of an endpoint, if its upstream has any: the one that there is, in the state that it is in.
+    /// What has changed in its settings holds from [`retain`](Self::retain) on, when the configuration does.
+    pub fn breaker(&self, name: &str, upstream: &Upstream, address: &Address) -> Option<Arc<Breaker>> {
+        let config = upstream.circuit_breaker.as_ref()?;
+        let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        let breaker = breakers
+            .entry((name.to_owned(), address.clone()))
+            .or_insert_with(|| Arc::new(Breaker::new(name, &address.to_string(), config.clone(), &self.metrics)));
+        Some(breaker.clone())
+    }
+
+    /// All circuit breakers, by upstream and endpoint.
+    #[must_use]
+    pub fn breakers(&self) -> Vec<Arc<Breaker>> {
+        let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut breakers: Vec<_> = breakers.values().cloned().collect();
+        breakers.sort_by(|one, other| (one.upstream(), one.endpoint()).cmp(&(other.upstream(), other.endpoint())));
+        breakers
+    }
+
+    /// Makes the live state that of `upstreams`: settings that changed hold, and what belongs to endpoints that are no
+    /// longer named is dropped. Requests in flight keep theirs to their end.
+    pub fn retain(&self, upstreams: &BTreeMap<String, Upstream>) {
         let named = |(name, address): &(String, Address)| {
-            let endpoints = upstreams.get(name).and_then(|upstream| upstream.endpoints.as_ref());
-            endpoints.is_some_and(|endpoints| endpoints.iter().any(|known| known == address))
+            let upstream = upstreams.get(name)?;
+            upstream.endpoints.iter().flatten().any(|known| known == address).then_some(upstream)
         };
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| named(key));
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| named(key).is_some());
         self.budgets.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| upstreams.contains_key(name));
+        self.breakers.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, breaker| {
+            let config = named(key).and_then(|upstream| upstream.circuit_breaker.as_ref());
+            match config {
+                Some(config) => breaker.adopt(config),
+                None => self.metrics.forget_breaker(breaker.upstream(), breaker.endpoint()),
+            }
+            config.is_some()
+        });
     }
 }

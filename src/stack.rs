@@ -7,6 +7,7 @@ use std::{
     convert::Infallible,
     fmt,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -19,6 +20,7 @@ use crate::{
     layers::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
         body_limit::BodyLimitLayer,
+        circuit_breaker::{Breaker, CircuitBreakerLayer},
         deadline::DeadlineLayer,
         errors::{Errors, ErrorsLayer},
         fallback::{self, FallbackLayer},
@@ -214,10 +216,11 @@ impl Upstreams<'_> {
             (Some(endpoints), _) => {
                 let address = endpoints.iter().next().ok_or("it has no endpoint")?;
                 let client = self.registry.client(name, upstream, address)?;
+                let breaker = self.registry.breaker(name, upstream, address);
                 let retry = self.policies.retry.as_ref().map(|config| {
                     RetryLayer::new(config, self.registry.budget(name), self.registry.metrics().retries(name))
                 });
-                Ok(Kind::Backend(attempts(retry, attempt(&self.policies, client))))
+                Ok(Kind::Backend(attempts(retry, attempt(&self.policies, client, breaker))))
             }
             (None, Some(respond)) => Ok(Kind::Fixed(Respond::new(name.into(), respond))),
             (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
@@ -245,9 +248,11 @@ fn attempts<S: Endpoint>(retry: Option<RetryLayer>, upstream: S) -> impl Endpoin
 }
 
 /// Around one endpoint.
-fn attempt(policies: &Defaults, client: Client) -> impl Endpoint + use<> {
+fn attempt(policies: &Defaults, client: Client, breaker: Option<Arc<Breaker>>) -> impl Endpoint + use<> {
     let timeouts = &policies.timeouts;
     ServiceBuilder::new()
+        // Outside of what turns silence and broken streams into failures: it counts them.
+        .option_layer(breaker.map(CircuitBreakerLayer::new))
         // Where a failure can still be mended, a stream has not answered before it says something.
         .option_layer(
             (!policies.retry.is_off() || !policies.fallback.is_off())

@@ -7,6 +7,9 @@
 //! | `GET /health` | the components: process, configuration, upstreams |
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /config` | `given`: what file, environment and command line say; `effective`: what holds, every default and inheritance written out, itself a valid file. Secrets redacted |
+//! | `GET /circuit-breakers` | state and figures of each: `closed`, `half_open` or `open`, counts, when the next request passes |
+//! | `POST /circuit-breakers/{upstream}/reset` | closes those of all its endpoints, or of the one in `?endpoint=` |
+//! | `POST /circuit-breakers/{upstream}/open` | opens them until they are reset |
 //! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
 //!
 //! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
@@ -14,6 +17,7 @@
 //! `Host` must be an address or `localhost`, so that a name of somebody's that is pointed here (DNS rebinding)
 //! reads nothing either.
 
+mod breakers;
 pub mod health;
 
 use std::{
@@ -29,11 +33,15 @@ use tokio::{
     time::Instant,
 };
 
-use self::health::{Phase, Readiness};
+use self::{
+    breakers::Action,
+    health::{Phase, Readiness},
+};
 use crate::{
     config::{Problems, Secret},
     message::{Body, Request, Response},
-    telemetry::metrics::{CONTENT_TYPE, Metrics},
+    registry::Registry,
+    telemetry::metrics::CONTENT_TYPE,
 };
 
 /// Reloads that may wait for their turn; more are refused.
@@ -64,7 +72,7 @@ pub struct Admin(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     started: Instant,
-    metrics: Metrics,
+    registry: Arc<Registry>,
     readiness: Readiness,
     configuration: Mutex<Configuration>,
     reload: mpsc::Sender<Asked>,
@@ -91,10 +99,10 @@ impl std::fmt::Debug for Access {
 impl Admin {
     /// The port of a process, and where its reloads are asked for.
     #[must_use]
-    pub fn new(metrics: Metrics, readiness: Readiness, access: Access) -> (Self, mpsc::Receiver<Asked>) {
+    pub fn new(registry: Arc<Registry>, readiness: Readiness, access: Access) -> (Self, mpsc::Receiver<Asked>) {
         let (reload, asked) = mpsc::channel(WAITING);
         let (started, configuration) = (Instant::now(), Mutex::default());
-        (Self(Arc::new(Shared { started, metrics, readiness, configuration, reload, access })), asked)
+        (Self(Arc::new(Shared { started, registry, readiness, configuration, reload, access })), asked)
     }
 
     /// The configuration that is told of. Held for a few instructions.
@@ -110,7 +118,7 @@ impl Admin {
                 "on a loopback address, `Host` is an address or `localhost`",
             );
         }
-        let Some(page) = Page::of(request.uri().path()) else {
+        let Some((page, name)) = Page::of(request.uri().path()) else {
             let paths: Vec<_> = Page::ALL.iter().map(|page| format!("{} {}", page.method(), page.path())).collect();
             let mut response = json!({ "title": "Not Found", "status": 404, "paths": paths });
             response["type"] = "about:blank".into();
@@ -124,6 +132,11 @@ impl Admin {
             response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
             return response;
         }
+        if page.method() == Method::POST
+            && let Some(refusal) = self.refuse_change(&request)
+        {
+            return refusal;
+        }
         match page {
             Page::Live => answer(StatusCode::OK, &json!({ "status": "ok" })),
             Page::Ready => {
@@ -133,7 +146,7 @@ impl Admin {
             }
             Page::Health => answer(StatusCode::OK, &self.health()),
             Page::Metrics => {
-                let mut response = Response::new(Body::from(self.0.metrics.encode()));
+                let mut response = Response::new(Body::from(self.0.registry.metrics().encode()));
                 response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
                 response
             }
@@ -141,16 +154,21 @@ impl Admin {
                 let Configuration { generation, given, effective, .. } = self.configuration().clone();
                 answer(StatusCode::OK, &json!({ "generation": generation, "given": given, "effective": effective }))
             }
-            Page::Reload => match self.refuse_change(&request) {
-                Some(refusal) => refusal,
-                None => self.reload().await,
-            },
+            Page::Breakers => answer(StatusCode::OK, &breakers::list(&self.0.registry.breakers())),
+            Page::ResetBreaker | Page::OpenBreaker => {
+                let action = if page == Page::ResetBreaker { Action::Reset } else { Action::Open };
+                match breakers::set(&self.0.registry.breakers(), action, name, request.uri()) {
+                    Ok(now) => answer(StatusCode::OK, &now),
+                    Err((status, why)) => problem(status, why),
+                }
+            }
+            Page::Reload => self.reload().await,
         }
     }
 
     fn health(&self) -> Value {
         let configuration = self.configuration().clone();
-        let metrics = &self.0.metrics;
+        let metrics = self.0.registry.metrics();
         let upstreams: serde_json::Map<_, _> = configuration
             .upstreams
             .iter()
@@ -245,14 +263,34 @@ enum Page {
     Health,
     Metrics,
     Config,
+    Breakers,
+    ResetBreaker,
+    OpenBreaker,
     Reload,
 }
 
 impl Page {
-    const ALL: [Self; 6] = [Self::Live, Self::Ready, Self::Health, Self::Metrics, Self::Config, Self::Reload];
+    const ALL: [Self; 9] = [
+        Self::Live,
+        Self::Ready,
+        Self::Health,
+        Self::Metrics,
+        Self::Config,
+        Self::Breakers,
+        Self::ResetBreaker,
+        Self::OpenBreaker,
+        Self::Reload,
+    ];
 
-    fn of(path: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|page| page.path() == path)
+    /// The page at `path`, and what stands there for the name in its own.
+    fn of(path: &str) -> Option<(Self, &str)> {
+        Self::ALL.into_iter().find_map(|page| match page.path().split_once("{upstream}") {
+            None => (page.path() == path).then_some((page, "")),
+            Some((before, after)) => {
+                let name = path.strip_prefix(before)?.strip_suffix(after)?;
+                (!name.contains('/')).then_some((page, name))
+            }
+        })
     }
 
     const fn path(self) -> &'static str {
@@ -262,13 +300,17 @@ impl Page {
             Self::Health => "/health",
             Self::Metrics => "/metrics",
             Self::Config => "/config",
+            Self::Breakers => "/circuit-breakers",
+            Self::ResetBreaker => "/circuit-breakers/{upstream}/reset",
+            Self::OpenBreaker => "/circuit-breakers/{upstream}/open",
             Self::Reload => "/reload",
         }
     }
 
+    /// What changes something is asked for by POST, and needs the right to.
     const fn method(self) -> Method {
         match self {
-            Self::Reload => Method::POST,
+            Self::Reload | Self::ResetBreaker | Self::OpenBreaker => Method::POST,
             _ => Method::GET,
         }
     }
@@ -374,11 +416,15 @@ mod tests {
     use http_body_util::BodyExt;
 
     use super::*;
+    use crate::telemetry::{Metrics, log};
 
     const LOOPBACK: Access = Access { local: true, loopback: true, token: None };
 
     fn admin(access: Access) -> (Admin, mpsc::Receiver<Asked>) {
-        Admin::new(Metrics::new(), Readiness::default(), access)
+        let nowhere = log::Config { file: Some("/dev/null".into()), ..log::Config::default() };
+        let metrics = Metrics::new();
+        let (log, _) = log::open(&nowhere, metrics.process().log_lines_dropped.clone()).unwrap();
+        Admin::new(Arc::new(Registry::new(metrics, log)), Readiness::default(), access)
     }
 
     fn request(method: &str, path: &str) -> http::request::Builder {
@@ -424,7 +470,7 @@ mod tests {
         let (admin, _reloads) = admin(LOOPBACK);
         admin.configuration().upstreams =
             vec![("api".to_owned(), Some("127.0.0.1:8000".to_owned())), ("off".to_owned(), None)];
-        admin.0.metrics.endpoint("api", "127.0.0.1:8000").answered.inc();
+        admin.0.registry.metrics().endpoint("api", "127.0.0.1:8000").answered.inc();
         let (_, health) = ask(&admin, request("GET", "/health")).await;
         let health: Value = serde_json::from_str(&health).unwrap();
         assert_eq!(health["components"]["upstreams"]["api"]["answered"], 1);

@@ -217,7 +217,7 @@ impl<B: HttpBody<Data = Bytes>> HttpBody for Received<B> {
         let this = self.project();
         let frame = ready!(this.body.poll_frame(cx));
         if let Some(data) = frame.as_ref().and_then(|result| result.as_ref().ok()).and_then(Frame::data_ref) {
-            this.exchange.received().fetch_add(data.len() as u64, Ordering::Relaxed);
+            this.exchange.receive(data.len());
         }
         Poll::Ready(frame)
     }

@@ -17,10 +17,12 @@
 //! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
 //! | [`stream_start`] | | `Undecided`, `Exchange` (bytes received) |
+//! | [`circuit_breaker`] | `Exchange` (upstream, endpoint) | `Exchange` (time of the last byte received) |
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
 
 pub mod access_log;
 pub mod body_limit;
+pub mod circuit_breaker;
 pub mod deadline;
 pub mod errors;
 pub mod fallback;

@@ -383,8 +383,9 @@ fn read(path: &[u8], rewritings: u8) -> Vec<u8> {
     out
 }
 
-/// Decodes once; a `%` without two hexadecimal digits stands for itself.
-fn decode(text: &[u8]) -> Cow<'_, [u8]> {
+/// Decodes percent-encodings once; a `%` without two hexadecimal digits stands for itself.
+#[must_use]
+pub fn decode(text: &[u8]) -> Cow<'_, [u8]> {
     if !text.contains(&b'%') {
         return Cow::Borrowed(text);
     }

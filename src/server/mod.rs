@@ -255,7 +255,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
     // Dropped when the front has ended, and with them whoever still is at the operator's port.
     let mut chores = JoinSet::new();
     let access = settings.admin.as_ref().map(reload::access).transpose()?;
-    let (admin, asked) = Admin::new(metrics.clone(), shutdown.readiness().clone(), access.unwrap_or_default());
+    let (admin, asked) = Admin::new(registry.clone(), shutdown.readiness().clone(), access.unwrap_or_default());
     reload::tell(&admin, &settings, tree);
     if let Toggle::On(of) = &settings.admin {
         let listen = vec![of.listen.clone().into()];

@@ -305,11 +305,11 @@ mod tests {
         let (settings, tree) = Settings::load(&sources).unwrap();
         let config = log::Config { file: Some(file.with_extension("log")), ..log::Config::default() };
         let (writer, guard) = log::open(&config, metrics.process().log_lines_dropped.clone()).unwrap();
-        let registry = Arc::new(Registry::new(metrics.clone(), writer));
+        let registry = Arc::new(Registry::new(metrics, writer));
         let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry).unwrap()));
         let shutdown = Shutdown::default();
         let access = admin::Access { local: true, loopback: false, token: None };
-        let (admin, asked) = Admin::new(metrics, shutdown.readiness().clone(), access);
+        let (admin, asked) = Admin::new(registry.clone(), shutdown.readiness().clone(), access);
         tell(&admin, &settings, &tree);
         let (timing, certificates) = (Arc::default(), Vec::new());
         let sources = Arc::new(sources);

@@ -21,7 +21,7 @@ use serde_json::Value;
 
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{body_limit, errors, fallback, hygiene, request_id, retry, security_headers, timeouts},
+    layers::{body_limit, circuit_breaker, errors, fallback, hygiene, request_id, retry, security_headers, timeouts},
     route::Match,
     telemetry::log,
     upstream::{
@@ -175,6 +175,9 @@ pub struct Upstream {
     /// Which connections are kept open.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<PoolConfig>,
+    /// When an endpoint that fails is left alone, and for how long. Default: never.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub circuit_breaker: Option<circuit_breaker::Config>,
     /// A fixed answer instead of a backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub respond: Option<respond::Config>,
@@ -201,6 +204,7 @@ impl Upstream {
         self.host.get_or_insert(host);
         self.protocol.get_or_insert_default();
         self.pool.get_or_insert_default();
+        self.circuit_breaker.iter_mut().for_each(circuit_breaker::Config::complete);
     }
 }
 
@@ -217,6 +221,7 @@ impl Check for Upstream {
                     ("host", self.host.is_some()),
                     ("tls", self.tls.is_some()),
                     ("pool", self.pool.is_some()),
+                    ("circuit_breaker", self.circuit_breaker.is_some()),
                 ];
                 for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                     problems.add(key, "has no effect beside `respond`: leave it out");
@@ -234,6 +239,9 @@ impl Check for Upstream {
         }
         if let Some(tls) = &self.tls {
             problems.at("tls", |problems| tls.check(problems));
+        }
+        if let Some(breaker) = &self.circuit_breaker {
+            problems.at("circuit_breaker", |problems| breaker.check(problems));
         }
     }
 }

@@ -3,7 +3,10 @@
 use std::{
     any::Any,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -32,6 +35,8 @@ struct Shared {
     started: Instant,
     asked: Asked,
     received: AtomicU64,
+    /// Nanoseconds from the start to the last of `received`; 0 for never.
+    last_received: AtomicU64,
     sent: AtomicU64,
     facts: Mutex<Facts>,
 }
@@ -109,8 +114,9 @@ impl Exchange {
             session_id: request.headers().get(X_SESSION_ID).cloned(),
             traceparent: request.headers().get(TRACEPARENT).cloned(),
         };
-        let (received, sent, facts) = (AtomicU64::new(0), AtomicU64::new(0), Mutex::default());
-        Self(Arc::new(Shared { started: Instant::now(), asked, received, sent, facts }))
+        let (received, last_received, sent) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+        let (started, facts) = (Instant::now(), Mutex::default());
+        Self(Arc::new(Shared { started, asked, received, last_received, sent, facts }))
     }
 
     /// The record of `request`; `None` where no access log layer stands outside.
@@ -134,6 +140,20 @@ impl Exchange {
     #[must_use]
     pub fn received(&self) -> &AtomicU64 {
         &self.0.received
+    }
+
+    /// Counts bytes of the request's body that have just arrived.
+    pub fn receive(&self, bytes: usize) {
+        self.0.received.fetch_add(bytes as u64, Ordering::Relaxed);
+        let nanos = u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.0.last_received.store(nanos.max(1), Ordering::Relaxed);
+    }
+
+    /// When the last bytes of the request's body arrived, if any did: from then on the upstream is waited for.
+    #[must_use]
+    pub fn last_received(&self) -> Option<Instant> {
+        let nanos = self.0.last_received.load(Ordering::Relaxed);
+        (nanos > 0).then(|| self.0.started + Duration::from_nanos(nanos))
     }
 
     /// Bytes of the response's body, or of the tunnel towards the client, so far.

@@ -50,6 +50,9 @@ struct Families {
     not_retried: Family<NotRetried, Counter>,
     fallbacks: Family<FellBack, Counter>,
     no_fallbacks: Family<NoFallback, Counter>,
+    breaker_state: Family<Endpoint, Gauge>,
+    breaker_transitions: Family<Transition, Counter>,
+    breaker_refused: Family<Endpoint, Counter>,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -224,6 +227,15 @@ pub struct RetryMetrics {
     pub body: Counter,
 }
 
+/// Samples of the circuit breaker of one endpoint, found once at load.
+#[derive(Debug, Clone)]
+pub struct BreakerMetrics {
+    /// What it is: 0 closed, 1 half open, 2 open.
+    pub state: Gauge,
+    /// Requests that it refused.
+    pub refused: Counter,
+}
+
 impl Metrics {
     /// An empty set.
     #[must_use]
@@ -243,6 +255,9 @@ impl Metrics {
             not_retried: Family::default(),
             fallbacks: Family::default(),
             no_fallbacks: Family::default(),
+            breaker_state: Family::default(),
+            breaker_transitions: Family::default(),
+            breaker_refused: Family::default(),
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -264,6 +279,12 @@ impl Metrics {
         all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
         let help = "Fallbacks that a request could not be sent to, by reason";
         all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
+        let state = "Circuit breakers: 0 closed, 1 half open, 2 open";
+        all.register("circuit_breaker_state", state, f.breaker_state.clone());
+        let transitions = "Changes of a circuit breaker, by the state that it changed to and why";
+        all.register("circuit_breaker_transitions", transitions, f.breaker_transitions.clone());
+        let refused = "Requests that a circuit breaker refused";
+        all.register("circuit_breaker_refused", refused, f.breaker_refused.clone());
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -357,6 +378,29 @@ impl Metrics {
         self.0.families.no_fallbacks.get_or_create(&labels).inc();
     }
 
+    /// The samples of the circuit breaker of an endpoint.
+    #[must_use]
+    pub fn breaker(&self, upstream: &str, endpoint: &str) -> BreakerMetrics {
+        let f = &self.0.families;
+        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        BreakerMetrics {
+            state: f.breaker_state.get_or_create(&labels).clone(),
+            refused: f.breaker_refused.get_or_create(&labels).clone(),
+        }
+    }
+
+    /// Counts a change of a circuit breaker. `to` and `reason` are closed lists.
+    pub fn breaker_transition(&self, upstream: &str, endpoint: &str, to: &'static str, reason: &'static str) {
+        let labels = Transition { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), to, reason };
+        self.0.families.breaker_transitions.get_or_create(&labels).inc();
+    }
+
+    /// Shows no state of a circuit breaker that is gone. Its counters stay, as counters must.
+    pub fn forget_breaker(&self, upstream: &str, endpoint: &str) {
+        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        self.0.families.breaker_state.remove(&labels);
+    }
+
     /// Counts a response that sidegate made itself. `slug` comes from `message::Kind`, a closed list.
     pub fn error(&self, slug: &'static str) {
         self.0.families.errors.get_or_create(&Slug { slug }).inc();
@@ -446,6 +490,20 @@ struct FellBack {
 struct NoFallback {
     route: String,
     to: String,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Endpoint {
+    upstream: String,
+    endpoint: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Transition {
+    upstream: String,
+    endpoint: String,
+    to: &'static str,
     reason: &'static str,
 }
 

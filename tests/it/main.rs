@@ -5,6 +5,7 @@
 mod harness;
 
 mod assistant;
+mod circuit_breaker;
 mod cli;
 mod config;
 mod demo;
