@@ -39,9 +39,8 @@
 
 use std::{
     collections::VecDeque,
-    fmt, mem,
+    fmt,
     pin::Pin,
-    sync::atomic::Ordering,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -115,7 +114,7 @@ where
         let undecided = request.extensions().get::<Undecided>().is_some() && *request.method() != Method::HEAD;
         let patience = self.first_byte.filter(|_| undecided).map(|after| {
             let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
-            Patience { after, deadline: Instant::now() + after, seen: received(upload.as_ref()), upload, timer: None }
+            Patience { after, deadline: Instant::now() + after, upload, timer: None }
         });
         ResponseFuture { inner: self.inner.call(request), undecided, patience, held: None }
     }
@@ -239,7 +238,6 @@ struct Patience {
     after: Duration,
     deadline: Instant,
     upload: Option<Exchange>,
-    seen: u64,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -248,17 +246,14 @@ impl Patience {
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(self.deadline)));
         loop {
             ready!(timer.as_mut().poll(cx));
-            let received = received(self.upload.as_ref());
-            if received == mem::replace(&mut self.seen, received) {
-                return Poll::Ready(());
+            let late = self.upload.as_ref().and_then(Exchange::last_received).map(|last| last + self.after);
+            match late.filter(|late| *late > timer.deadline()) {
+                // The client has sent something since.
+                Some(late) => timer.as_mut().reset(late),
+                None => return Poll::Ready(()),
             }
-            timer.as_mut().reset(Instant::now() + self.after);
         }
     }
-}
-
-fn received(upload: Option<&Exchange>) -> u64 {
-    upload.map_or(0, |exchange| exchange.received().load(Ordering::Relaxed))
 }
 
 /// A body some of whose frames were held back.
@@ -423,10 +418,11 @@ mod tests {
         request.extensions_mut().insert(Undecided);
         let (mut answer, _feed) = asked(request, |_| {});
         assert!((&mut answer).now_or_never().is_none());
-        exchange.received().fetch_add(4, Ordering::Relaxed);
-        advance(FIRST_BYTE + Duration::from_millis(1)).await;
+        advance(FIRST_BYTE / 2).await;
+        exchange.receive(4);
+        advance(FIRST_BYTE / 2 + Duration::from_millis(1)).await;
         assert!((&mut answer).now_or_never().is_none());
-        advance(FIRST_BYTE + Duration::from_millis(1)).await;
+        advance(FIRST_BYTE / 2 + Duration::from_millis(1)).await;
         assert_eq!(kind(&mut answer), Some(Kind::UpstreamTimeout));
     }
 

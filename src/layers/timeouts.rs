@@ -23,7 +23,6 @@
 
 use std::{
     pin::{Pin, pin},
-    sync::atomic::Ordering,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -192,8 +191,7 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
-        let seen = upload.as_ref().map_or(0, |exchange| exchange.received().load(Ordering::Relaxed));
-        FirstByteFuture { inner: self.inner.call(request), sleep: sleep(self.after), after: self.after, upload, seen }
+        FirstByteFuture { inner: self.inner.call(request), sleep: sleep(self.after), after: self.after, upload }
     }
 }
 
@@ -206,7 +204,6 @@ pin_project! {
         sleep: Sleep,
         after: Duration,
         upload: Option<Exchange>,
-        seen: u64,
     }
 }
 
@@ -226,12 +223,12 @@ where
             // Not by the task's budget: an upstream that talks without pause and never gets to its head
             // (`100 Continue` without end) uses that up in each turn, and would never be late.
             ready!(pin!(unconstrained(this.sleep.as_mut())).poll(cx));
-            let received = this.upload.as_ref().map_or(0, |exchange| exchange.received().load(Ordering::Relaxed));
-            if received == *this.seen {
-                return Poll::Ready(Err(Error::from(Kind::UpstreamTimeout).into()));
+            let late = this.upload.as_ref().and_then(Exchange::last_received).map(|last| last + *this.after);
+            match late.filter(|late| *late > this.sleep.deadline()) {
+                // The client has sent something since.
+                Some(late) => this.sleep.as_mut().reset(late),
+                None => return Poll::Ready(Err(Error::from(Kind::UpstreamTimeout).into())),
             }
-            *this.seen = received;
-            this.sleep.as_mut().reset(Instant::now() + *this.after);
         }
     }
 }
@@ -480,11 +477,12 @@ mod tests {
         request.extensions_mut().insert(exchange.clone());
         let mut answer = Box::pin(FirstByteLayer::new(secs(30)).layer(silent).oneshot(request));
         assert!(answer.as_mut().now_or_never().is_none());
-        exchange.received().fetch_add(1, Ordering::Relaxed);
-        advance(secs(31)).await;
+        advance(secs(10)).await;
+        exchange.receive(1);
+        advance(secs(29)).await;
         assert!(answer.as_mut().now_or_never().is_none(), "a byte has come");
-        advance(secs(31)).await;
-        assert!(answer.now_or_never().is_some(), "no byte has come since");
+        advance(secs(2)).await;
+        assert!(answer.now_or_never().is_some(), "no byte has come since, for 30 seconds and not for 60");
     }
 
     #[tokio::test(start_paused = true)]
