@@ -303,3 +303,33 @@ async fn a_client_that_ends_its_body_early_reaches_nobody() {
     assert_eq!(proxy.access_line("fall-1").await["fallback"], Value::Null);
     assert!(second.accepted().await.is_none());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_breaker_leads_on_without_a_connection() {
+    let (own, second) = (Backend::start().await, Recorder::answering(OK).await);
+    let proxy = Proxy::start(&format!(
+        "upstreams:
+  own: {{ endpoints: ['{}'], circuit_breaker: {{ consecutive_failures: 1, recovery: 1m }} }}
+  second: {{ endpoints: ['{}'] }}
+routes:
+  - {{ name: ask, upstream: own, fallback: [second], retry: {{}} }}
+",
+        own.url(),
+        second.url()
+    ))
+    .await;
+    let mut client = proxy.connect().await;
+    client.send(post("{}")).await;
+    // A stream that has said nothing yet is a failure to the breaker, too.
+    let mut first = own.accept().await;
+    first.request().await;
+    first.send(STREAM.to_owned() + "0\r\n\r\n").await;
+    assert_eq!(client.answer().await.text(), "second");
+    for _ in 0..3 {
+        client.send(post("{}")).await;
+        assert_eq!(client.answer().await.text(), "second");
+    }
+    assert!(own.accepted().await.is_none());
+    assert_eq!(proxy.sample(&series("own", "second", "reset")).await, 1);
+    assert_eq!(proxy.sample(&series("own", "second", "circuit-open")).await, 3);
+}
