@@ -238,10 +238,12 @@ mod tests {
         header::{CONTENT_ENCODING, CONTENT_TYPE},
     };
     use http_body_util::{BodyExt, StreamBody};
+    use proptest::prelude::*;
     use tokio::{sync::mpsc, time::advance};
     use tower::{ServiceExt, service_fn};
 
     use super::*;
+    use crate::sse::{Event, Scanner};
 
     type Frames = mpsc::UnboundedSender<Result<Frame<Bytes>, BoxError>>;
 
@@ -365,6 +367,51 @@ mod tests {
         });
         let response = HeartbeatLayer::new(EVERY).layer(backend).oneshot(Request::new(())).await.unwrap();
         assert_eq!(response.body().size_hint().exact(), Some(7));
+    }
+
+    fn events(stream: &[u8]) -> Vec<Event> {
+        let (mut scanner, mut rest, mut found) = (Scanner::new(), stream, Vec::new());
+        while let Some(event) = scanner.next(&mut rest) {
+            found.extend((event != Event::Empty).then_some(event));
+        }
+        found
+    }
+
+    proptest! {
+        /// Whatever the stream and wherever it is silent, its receiver finds the same events in it.
+        #[test]
+        fn no_event_is_changed(
+            frames in prop::collection::vec(
+                (prop::sample::select(vec!["\u{FEFF}", "data: a", "data: a\n\n", "event: error", "\n", "\r", "\n\n", "\r\n\r\n", ":"]), 0..3u32),
+                0..12,
+            ),
+            early in 0..3u32,
+            marked in any::<bool>(),
+        ) {
+            let begins = marked.then_some(("\u{FEFF}", 0));
+            let frames: Vec<(&str, u32)> = begins.into_iter().chain(frames).collect();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            runtime.block_on(async {
+                let (mut body, feed) = streaming(&[]).await;
+                let mut out = Vec::new();
+                let mut silences = early;
+                for (frame, after) in &frames {
+                    for _ in 0..silences {
+                        out.extend(now(&mut body).unwrap_or_default());
+                        advance(EVERY).await;
+                        out.extend(now(&mut body).unwrap_or_default());
+                    }
+                    say(&feed, frame);
+                    silences = *after;
+                }
+                drop(feed);
+                while let Some(data) = now(&mut body) {
+                    out.extend(data);
+                }
+                let stream: String = frames.iter().map(|(frame, _)| *frame).collect();
+                assert_eq!(events(&out), events(stream.as_bytes()), "{stream:?} became {:?}", str::from_utf8(&out));
+            });
+        }
     }
 
     #[tokio::test(start_paused = true)]
