@@ -26,6 +26,7 @@ async fn system() -> System {
             ("first_byte: 12s", "first_byte: 700ms"),
             ("idle: 30s", "idle: 700ms"),
             ("heartbeat: 10s", "heartbeat: 200ms"),
+            ("recovery: 5s", "recovery: 1s"),
         ],
     );
     System { assistant, ollama, proxy: Proxy::start(&file).await }
@@ -118,7 +119,7 @@ async fn what_fails_before_its_first_token_is_answered_by_ollama() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dead_assistant_is_stood_in_for_until_it_is_back() {
+async fn a_dead_assistant_is_left_alone_until_it_is_back() {
     let System { assistant, ollama, proxy } = system().await;
     let port = assistant.port();
     drop(assistant);
@@ -126,6 +127,18 @@ async fn a_dead_assistant_is_stood_in_for_until_it_is_back() {
         let answer = proxy.ask(request(&format!("down-{n}"))).await;
         assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from Ollama."));
     }
+
+    // The first five failed, and from then on it is not even asked.
+    let opened = proxy.line("circuit breaker opened").await;
+    assert_eq!(opened["upstream"], "assistant", "{opened}");
+    let refused = r#"sidegate_fallbacks_total{route="ask",from="assistant",to="ollama",reason="circuit-open"}"#;
+    assert!(proxy.sample(refused).await >= 1);
+    let breakers = proxy.admin_get("/circuit-breakers").await.json();
+    let state = |upstream: &str| {
+        let all = breakers["circuit_breakers"].as_array().unwrap();
+        all.iter().find(|breaker| breaker["upstream"] == upstream).map(|breaker| breaker["state"].clone())
+    };
+    assert_eq!((state("assistant"), state("ollama")), (Some("open".into()), Some("closed".into())), "{breakers}");
 
     let _assistant = Fastapi::app("assistant", port, &[]).await;
     eventually("the assistant to answer again", || async {
