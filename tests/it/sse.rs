@@ -237,10 +237,11 @@ routes:
   - { upstream: api }
   - { upstream: api, match: { path: /v1/* }, errors: openai }
   - { upstream: api, match: { path: /kept-alive }, timeouts: { idle: 300ms, heartbeat: 60ms, sse_error_event: true } }
+  - { upstream: api, match: { path: /total }, timeouts: { total: 200ms, total_streams: true, sse_error_event: true } }
   - { upstream: api, match: { path: /plain }, timeouts: { idle: 200ms } }";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_falls_silent_ends_with_an_error_event() {
+async fn a_stream_that_falls_silent_or_takes_too_long_ends_with_an_error_event() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), ERROR_EVENT).await;
     let event = |said: &str| -> Value {
@@ -256,6 +257,9 @@ async fn a_stream_that_falls_silent_ends_with_an_error_event() {
     assert_eq!((event(&said), whole), (expected, true));
     let line = proxy.access_line("a").await;
     assert_eq!((&line["error"], &line["aborted_by"]), (&json!("upstream-timeout"), &json!("timeout")), "{line}");
+
+    let (said, whole) = left_silent(&proxy, &backend, "/total", "data: one\n\n").await;
+    assert_eq!((&event(&said)["type"], whole), (&json!("urn:sidegate:problem:deadline-exceeded"), true));
 
     let (said, whole) = left_silent(&proxy, &backend, "/v1/b", "data: one\n\n").await;
     let expected = json!({
