@@ -34,6 +34,7 @@ use crate::{
         fields::{FieldName, FieldValue, MethodName},
         problem::{Check, Problems},
     },
+    layers::cors,
     message::{
         BoxError, Error, HttpService, Kind, Request, Response,
         path::{Form, Pattern, is_plain, readings},
@@ -198,8 +199,16 @@ impl<T> Table<T> {
     /// # Errors
     /// [`Kind::NoRoute`]; [`Kind::BadRequest`] where the path can be read as that of two routes.
     pub fn select<B>(&self, request: &http::Request<B>) -> Result<&(Match, T), Kind> {
+        self.select_for(request.method(), request)
+    }
+
+    /// The route that `request` would have with another `method`, and its match.
+    ///
+    /// # Errors
+    /// As [`select`](Self::select).
+    pub fn select_for<B>(&self, method: &Method, request: &http::Request<B>) -> Result<&(Match, T), Kind> {
         let path = request.uri().path().as_bytes();
-        let (method, headers) = (request.method(), request.headers());
+        let headers = request.headers();
         let host = if self.hosts { host(request) } else { b"" };
         let first = |path: &[u8], form| {
             let fits = |matches: &Match| {
@@ -229,12 +238,16 @@ pub struct Target {
     pub metrics: Arc<RouteMetrics>,
     /// Its chain of layers.
     pub service: HttpService,
+    /// Whether that answers preflights.
+    pub preflights: bool,
 }
 
 /// Hands each request to its route.
 #[derive(Clone)]
 pub struct Routes {
     table: Arc<Table<Target>>,
+    /// Whether any route answers preflights.
+    preflights: bool,
 }
 
 impl fmt::Debug for Routes {
@@ -248,7 +261,20 @@ impl Routes {
     /// A service over `table`.
     #[must_use]
     pub fn new(table: Table<Target>) -> Self {
-        Self { table: Arc::new(table) }
+        let preflights = table.routes.iter().any(|(_, target)| target.preflights);
+        Self { table: Arc::new(table), preflights }
+    }
+
+    /// The route of a request. A preflight goes where the request would go that it asks for, if that route answers it.
+    fn select(&self, request: &Request) -> Result<&(Match, Target), Kind> {
+        if self.preflights
+            && let Some(method) = cors::preflight_for(request)
+            && let Ok(found) = self.table.select_for(&method, request)
+            && found.1.preflights
+        {
+            return Ok(found);
+        }
+        self.table.select(request)
     }
 }
 
@@ -262,7 +288,7 @@ impl Service<Request> for Routes {
     }
 
     fn call(&mut self, mut request: Request) -> Self::Future {
-        let (matches, target) = match self.table.select(&request) {
+        let (matches, target) = match self.select(&request) {
             Ok(found) => found,
             Err(kind) => return Either::Right(std::future::ready(Err(Error::from(kind).into()))),
         };
@@ -506,7 +532,7 @@ mod tests {
         }));
         let metrics = Metrics::new().route("bots");
         let (matches, _) = table(&["{path: '/bots/{id}'}"]).routes.remove(0);
-        let mut routes = Routes::new(Table::new(vec![(matches, Target { metrics, service })]));
+        let mut routes = Routes::new(Table::new(vec![(matches, Target { metrics, service, preflights: false })]));
         let exchange = Exchange::new(&http::Request::new(()));
         let to = |uri: &str| {
             let request = http::Request::builder().uri(uri).extension(exchange.clone());

@@ -21,6 +21,7 @@ use crate::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
         body_limit::BodyLimitLayer,
         circuit_breaker::{Breaker, CircuitBreakerLayer},
+        cors::CorsLayer,
         deadline::DeadlineLayer,
         errors::{Errors, ErrorsLayer},
         fallback::{self, FallbackLayer},
@@ -65,13 +66,17 @@ impl Stack {
             let upstreams = Upstreams { settings, registry, policies: own.policies(&settings.defaults) };
             let upstream = upstreams.find(&own.upstream).map_err(|error| place("upstream", &own.upstream, error))?;
             let service = match upstream {
-                Kind::Fixed(respond) => route(own, &upstreams.policies, &settings.defaults, None, respond),
+                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, None, respond),
                 Kind::Backend(backend) => {
                     let fallback = upstreams.fallback(own).map_err(|(name, error)| place("fallback", name, error))?;
-                    route(own, &upstreams.policies, &settings.defaults, fallback, backend)
+                    route(own, &upstreams.policies, settings, fallback, backend)
                 }
             };
-            let target = Target { metrics: registry.metrics().route(&own.name()), service };
+            let target = Target {
+                metrics: registry.metrics().route(&own.name()),
+                service,
+                preflights: !upstreams.policies.cors.is_off(),
+            };
             routes.push((own.matches.clone(), target));
         }
         registry.retain(&settings.upstreams);
@@ -162,13 +167,15 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
 fn route<S: Endpoint>(
     own: &Route,
     policies: &Defaults,
-    defaults: &Defaults,
+    settings: &Settings,
     fallback: Option<FallbackLayer>,
     upstream: S,
 ) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
+    let cors = policies.cors.as_ref().map(|cors| CorsLayer::new(cors, [settings.request_id.header.get().clone()]));
     // Its own form of errors; and what decorates responses must see its errors as responses.
-    let errors = (headers.is_some() || policies.errors != defaults.errors).then(|| {
+    let decorates = headers.is_some() || cors.is_some();
+    let errors = (decorates || policies.errors != settings.defaults.errors).then(|| {
         let never = |never: Infallible| -> BoxError { match never {} };
         ServiceBuilder::new().map_err(never).layer(ErrorsLayer::new(policies.errors))
     });
@@ -182,6 +189,8 @@ fn route<S: Endpoint>(
     HttpService::new(
         ServiceBuilder::new()
             .option_layer(headers)
+            // Preflights are answered here, before anything costs.
+            .option_layer(cors)
             .option_layer(errors)
             .option_layer(heartbeat)
             .option_layer(sse_error_event)

@@ -24,6 +24,18 @@ impl MethodName {
     pub fn as_str(&self) -> &str {
         self.0.as_str()
     }
+
+    /// The method.
+    #[must_use]
+    pub fn get(&self) -> &Method {
+        &self.0
+    }
+}
+
+impl From<Method> for MethodName {
+    fn from(method: Method) -> Self {
+        Self(method)
+    }
 }
 
 impl<'de> Deserialize<'de> for MethodName {

@@ -10,6 +10,7 @@
 //! | [`security_headers`] | | `Exchange` (https) |
 //! | [`errors`] | `Exchange` (error, cause) | `RequestId`, `Exchange` |
 //! | [`hygiene`] | `Exchange` (client address, https) | `Connection` |
+//! | [`cors`] | | |
 //! | [`heartbeat`] | | |
 //! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
 //! | [`body_limit`] | | |
@@ -23,6 +24,7 @@
 pub mod access_log;
 pub mod body_limit;
 pub mod circuit_breaker;
+pub mod cors;
 pub mod deadline;
 pub mod errors;
 pub mod fallback;

@@ -21,7 +21,9 @@ use serde_json::Value;
 
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{body_limit, circuit_breaker, errors, fallback, hygiene, request_id, retry, security_headers, timeouts},
+    layers::{
+        body_limit, circuit_breaker, cors, errors, fallback, hygiene, request_id, retry, security_headers, timeouts,
+    },
     route::Match,
     telemetry::log,
     upstream::{
@@ -252,6 +254,8 @@ impl Check for Upstream {
 pub struct Defaults {
     /// Headers that tell browsers to be careful. Default: the preset `api`; `off` sets and removes none.
     pub security_headers: Toggle<security_headers::Config>,
+    /// Which pages of other origins may use the API. Default `off`: what the backend says about it is passed on.
+    pub cors: Toggle<cors::Config>,
     /// How long sidegate waits, for what.
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
@@ -269,6 +273,7 @@ impl Default for Defaults {
     fn default() -> Self {
         Self {
             security_headers: Toggle::On(security_headers::Config::default()),
+            cors: Toggle::Off,
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
             fallback: Toggle::Off,
@@ -294,6 +299,9 @@ pub struct Route {
     /// Instead of `defaults.security_headers`; `off` sets and removes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub security_headers: Option<Toggle<security_headers::Config>>,
+    /// Instead of `defaults.cors`; `off` leaves it to the backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cors: Option<Toggle<cors::Config>>,
     /// Instead of `defaults.timeouts`, without `client_header` and `keepalive`; `off` waits for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeouts: Option<Toggle<timeouts::Config>>,
@@ -319,6 +327,7 @@ impl Route {
             matches: Match::default(),
             upstream: upstream.to_owned(),
             security_headers: None,
+            cors: None,
             timeouts: None,
             body_limit: None,
             fallback: None,
@@ -349,6 +358,7 @@ impl Route {
         };
         Defaults {
             security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
+            cors: self.cors.as_ref().unwrap_or(&defaults.cors).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
             fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
@@ -389,7 +399,7 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, timeouts, body_limit, fallback, retry, errors } =
+            let Defaults { security_headers, cors, timeouts, body_limit, fallback, retry, errors } =
                 route.policies(&self.defaults);
             let name = Some(route.name()).filter(|name| is_route_name(name));
             let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
@@ -398,6 +408,7 @@ impl Settings {
                 matches,
                 upstream,
                 security_headers: Some(security_headers),
+                cors: Some(cors),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
                 fallback: Some(fallback),
@@ -447,6 +458,7 @@ impl Settings {
                 upstream.check(problems);
             });
         }
+        problems.at("defaults.cors", |problems| self.defaults.cors.check(problems));
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
@@ -510,6 +522,7 @@ impl Settings {
                 }
                 check_name(&route.upstream, "upstream", &upstreams, problems);
                 problems.at("match", |problems| route.matches.check(problems));
+                problems.at("cors", |problems| route.cors.iter().for_each(|cors| cors.check(problems)));
                 if let Some(Toggle::On(retry)) = &route.retry {
                     problems.at("retry", |problems| {
                         if self.is_fixed(&route.upstream) {

@@ -8,6 +8,7 @@ mod assistant;
 mod circuit_breaker;
 mod cli;
 mod config;
+mod cors;
 mod demo;
 mod drain;
 mod errors;
