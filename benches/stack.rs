@@ -34,12 +34,14 @@ use sidegate::{
         body_limit::BodyLimitLayer,
         deadline::DeadlineLayer,
         errors::ErrorsLayer,
+        fallback::{Entry, FallbackLayer, Target},
         hygiene::{self, HygieneLayer},
         request_id::{self, RequestIdLayer},
+        retry::{self, Budget, RetryLayer},
         security_headers::{self, SecurityHeadersLayer},
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
-    message::{Body, BoxError, Connection, Peer, Request},
+    message::{Body, BoxError, Connection, HttpService, Peer, Request},
     registry::Registry,
     settings::Settings,
     stack::Stack,
@@ -150,6 +152,9 @@ fn layers(criterion: &mut Criterion) {
     let hygiene = HygieneLayer::new(&hygiene::Config::default(), hygiene::Limits::default(), &hygiene::pseudonym());
     let security_headers = SecurityHeadersLayer::new(&security_headers::Config::default());
     let access_log = AccessLogLayer::new(Some(writer.clone()), metrics.clone());
+    let retry = RetryLayer::new(&retry::Config::default(), Budget::default(), metrics.retries("api"));
+    let target = Target::fixed(&Entry::to("offline"), HttpService::new(short()));
+    let fallback = FallbackLayer::new("route", "api", vec![target], 1 << 20, metrics.clone());
 
     let mut group = criterion.benchmark_group("request");
     measure(&mut group, "nothing", &short());
@@ -162,6 +167,9 @@ fn layers(criterion: &mut Criterion) {
     measure(&mut group, "body_limit", &BodyLimitLayer::new(1 << 20).layer(short()));
     measure(&mut group, "client_body_idle", &ClientBodyIdleLayer::new(LONG).layer(short()));
     measure(&mut group, "deadline", &DeadlineLayer::new(LONG).layer(short()));
+    // Of requests that need neither.
+    measure(&mut group, "fallback", &fallback.layer(short()));
+    measure(&mut group, "retry", &retry.layer(short()));
     measure(&mut group, "first_byte", &FirstByteLayer::new(LONG).layer(short()));
     measure(&mut group, "idle", &IdleLayer::new(Some(LONG)).layer(short()));
     let stack = whole(writer, metrics);
