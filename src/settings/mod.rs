@@ -401,6 +401,8 @@ impl Settings {
         for route in &mut all.routes {
             let Defaults { security_headers, cors, timeouts, body_limit, fallback, retry, errors } =
                 route.policies(&self.defaults);
+            // A fixed answer does not fail, whatever it inherits.
+            let fixed = self.is_fixed(&route.upstream);
             let name = Some(route.name()).filter(|name| is_route_name(name));
             let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
             *route = Route {
@@ -411,8 +413,8 @@ impl Settings {
                 cors: Some(cors),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
-                fallback: Some(fallback),
-                retry: Some(retry),
+                fallback: Some(if fixed { Toggle::Off } else { fallback }),
+                retry: Some(if fixed { Toggle::Off } else { retry }),
                 errors: Some(errors),
             };
         }
@@ -738,15 +740,31 @@ mod tests {
             upstreams:
               api: {endpoints: [http://127.0.0.1:8000]}
               far: {endpoints: ['https://a.example'], protocol: http2, host: b.example, pool: {idle: off}}
+              late: {endpoints: [http://127.0.0.1:8001]}
               fixed: {respond: {status: 503, headers: {retry-after: 60}, json: {x: null}}}
-            defaults: {timeouts: {first_byte: 1s, keepalive: 9s}, body_limit: {max: 1KiB}}
+            defaults:
+              timeouts: {first_byte: 1s, keepalive: 9s}
+              body_limit: {max: 1KiB}
+              retry: {on: [connect, 503]}
+              fallback: [fixed]
             routes:
-              - {upstream: api, match: {path: '/a/{id}', method: [GET, PUT], headers: {x-b: ü}}, timeouts: off}
+              - upstream: api
+                match: {path: '/a/{id}', method: [GET, PUT], headers: {x-b: ü}}
+                timeouts: off
+                fallback:
+                  to:
+                    - {upstream: far, on: [timeout, 429], path: /x, json: {model: b, user: null, n: {m: 1.5}}}
+                    - {upstream: late, headers: {bearer: {env: PATH}, remove: [x-a], keep: [cookie]}, path: {prefix: /a, with: /}}
               - {upstream: far, match: {host: '*.example', method: POST}, errors: openai, security_headers: off}
               - {upstream: fixed, security_headers: {preset: web, set: {x-y: 1}, remove: [x-z]}}";
         let settings = load(text).unwrap();
         let effective = settings.effective().unwrap();
         assert_eq!(effective["upstreams"]["api"]["host"], "preserve");
+        assert_eq!(effective["routes"][1]["fallback"]["to"][0]["upstream"], "fixed");
+        assert_eq!(
+            (&effective["routes"][2]["fallback"], &effective["routes"][2]["retry"]),
+            (&"off".into(), &"off".into())
+        );
         assert_eq!(effective["upstreams"]["api"]["pool"]["max_idle"], 1024);
         let [off, inherited, _] = &**effective["routes"].as_array().unwrap() else { panic!("three routes") };
         assert_eq!((&off["timeouts"]["idle"], &off["name"]), (&"off".into(), &"GET|PUT /a/{id} with x-b".into()));
