@@ -1,7 +1,7 @@
 //! What outlives a configuration: samples, the log, and upstream clients whose settings did not change.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     fmt,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -9,9 +9,14 @@ use std::{
 use http::HeaderValue;
 
 use crate::{
-    layers::{circuit_breaker::Breaker, hygiene::pseudonym, retry::Budget},
+    layers::{
+        circuit_breaker::Breaker,
+        concurrency::{self, Limiter, Scope},
+        hygiene::pseudonym,
+        retry::Budget,
+    },
     message::BoxError,
-    settings::Upstream,
+    settings::{Settings, Upstream},
     telemetry::{Metrics, log::Writer},
     upstream::{Address, Client, client},
 };
@@ -24,6 +29,7 @@ pub struct Registry {
     clients: Mutex<HashMap<(String, Address), (client::Config, Client)>>,
     budgets: Mutex<HashMap<String, Budget>>,
     breakers: Mutex<HashMap<(String, Address), Arc<Breaker>>>,
+    limiters: Mutex<HashMap<(Scope, String), Arc<Limiter>>>,
 }
 
 impl fmt::Debug for Registry {
@@ -43,6 +49,7 @@ impl Registry {
             clients: Mutex::default(),
             budgets: Mutex::default(),
             breakers: Mutex::default(),
+            limiters: Mutex::default(),
         }
     }
 
@@ -106,9 +113,26 @@ impl Registry {
         breakers
     }
 
-    /// Makes the live state that of `upstreams`: settings that changed hold, and what belongs to endpoints that are no
+    /// The limit of the route or upstream `name`: the one that there is, with those in flight and in its queue. What has
+    /// changed in its settings holds from [`retain`](Self::retain) on.
+    pub fn limiter(&self, scope: Scope, name: &str, config: &concurrency::Config) -> Arc<Limiter> {
+        let mut limiters = self.limiters.lock().unwrap_or_else(PoisonError::into_inner);
+        let limiter = limiters
+            .entry((scope, name.to_owned()))
+            .or_insert_with(|| Arc::new(Limiter::new(scope, name, config.clone(), &self.metrics)));
+        limiter.clone()
+    }
+
+    /// The limit of the route or upstream `name`, if it has any.
+    #[must_use]
+    pub fn limiter_of(&self, scope: Scope, name: &str) -> Option<Arc<Limiter>> {
+        self.limiters.lock().unwrap_or_else(PoisonError::into_inner).get(&(scope, name.to_owned())).cloned()
+    }
+
+    /// Makes the live state that of `settings`: what changed holds, and what belongs to endpoints that are no
     /// longer named is dropped. Requests in flight keep theirs to their end.
-    pub fn retain(&self, upstreams: &BTreeMap<String, Upstream>) {
+    pub fn retain(&self, settings: &Settings) {
+        let upstreams = &settings.upstreams;
         let named = |(name, address): &(String, Address)| {
             let upstream = upstreams.get(name)?;
             upstream.endpoints.iter().flatten().any(|known| known == address).then_some(upstream)
@@ -120,6 +144,21 @@ impl Registry {
             match config {
                 Some(config) => breaker.adopt(config),
                 None => self.metrics.forget_breaker(breaker.upstream(), breaker.endpoint()),
+            }
+            config.is_some()
+        });
+        let route = |name: &str| {
+            let route = settings.routes.iter().find(|route| route.name() == name)?;
+            route.concurrency.as_ref().unwrap_or(&settings.defaults.concurrency).as_ref()
+        };
+        self.limiters.lock().unwrap_or_else(PoisonError::into_inner).retain(|(scope, name), limiter| {
+            let config = match scope {
+                Scope::Route => route(name),
+                Scope::Upstream => upstreams.get(name).and_then(|upstream| upstream.concurrency.as_ref()),
+            };
+            match config {
+                Some(config) => limiter.adopt(config),
+                None => self.metrics.forget_concurrency(scope.as_str(), name),
             }
             config.is_some()
         });

@@ -21,6 +21,7 @@ use crate::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
         body_limit::BodyLimitLayer,
         circuit_breaker::{Breaker, CircuitBreakerLayer},
+        concurrency::{ConcurrencyLayer, Limiter, Scope},
         cors::CorsLayer,
         deadline::DeadlineLayer,
         errors::{Errors, ErrorsLayer},
@@ -65,11 +66,13 @@ impl Stack {
             };
             let upstreams = Upstreams { settings, registry, policies: own.policies(&settings.defaults) };
             let upstream = upstreams.find(&own.upstream).map_err(|error| place("upstream", &own.upstream, error))?;
+            let limit = upstreams.policies.concurrency.as_ref();
+            let limit = limit.map(|config| registry.limiter(Scope::Route, &own.name(), config));
             let service = match upstream {
-                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, None, respond),
+                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, limit, None, respond),
                 Kind::Backend(backend) => {
                     let fallback = upstreams.fallback(own).map_err(|(name, error)| place("fallback", name, error))?;
-                    route(own, &upstreams.policies, settings, fallback, backend)
+                    route(own, &upstreams.policies, settings, limit, fallback, backend)
                 }
             };
             let target = Target {
@@ -79,7 +82,7 @@ impl Stack {
             };
             routes.push((own.matches.clone(), target));
         }
-        registry.retain(&settings.upstreams);
+        registry.retain(settings);
         Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
     }
 
@@ -168,6 +171,7 @@ fn route<S: Endpoint>(
     own: &Route,
     policies: &Defaults,
     settings: &Settings,
+    limit: Option<Arc<Limiter>>,
     fallback: Option<FallbackLayer>,
     upstream: S,
 ) -> HttpService {
@@ -196,6 +200,8 @@ fn route<S: Endpoint>(
             .option_layer(sse_error_event)
             .option_layer(body_limit)
             .option_layer(client_body)
+            // Whoever waits for a place has not begun yet.
+            .option_layer(limit.map(ConcurrencyLayer::new))
             .option_layer(deadline)
             // Inside the deadline, which runs on from one upstream to the next.
             .option_layer(fallback)
@@ -229,7 +235,11 @@ impl Upstreams<'_> {
                 let retry = self.policies.retry.as_ref().map(|config| {
                     RetryLayer::new(config, self.registry.budget(name), self.registry.metrics().retries(name))
                 });
-                Ok(Kind::Backend(attempts(retry, attempt(&self.policies, client, breaker))))
+                let limit = upstream
+                    .concurrency
+                    .as_ref()
+                    .map(|config| ConcurrencyLayer::new(self.registry.limiter(Scope::Upstream, name, config)));
+                Ok(Kind::Backend(attempts(limit, retry, attempt(&self.policies, client, breaker))))
             }
             (None, Some(respond)) => Ok(Kind::Fixed(Respond::new(name.into(), respond))),
             (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
@@ -252,8 +262,12 @@ impl Upstreams<'_> {
 }
 
 /// Around the endpoints of one upstream.
-fn attempts<S: Endpoint>(retry: Option<RetryLayer>, upstream: S) -> impl Endpoint {
-    ServiceBuilder::new().option_layer(retry).service(upstream)
+fn attempts<S: Endpoint>(limit: Option<ConcurrencyLayer>, retry: Option<RetryLayer>, upstream: S) -> impl Endpoint {
+    ServiceBuilder::new()
+        // Outside of retries: who is tried again keeps the place.
+        .option_layer(limit)
+        .option_layer(retry)
+        .service(upstream)
 }
 
 /// Around one endpoint.

@@ -265,7 +265,9 @@ impl Entry {
         facts.first_byte = Some(exchange.started().elapsed());
         if facts.tunnel.is_some() {
             self.ended = Ended::Whole;
-            facts.tunnel = Some(Box::new(self));
+            // What others keep as long as the tunnel stays.
+            let others = facts.tunnel.take();
+            facts.tunnel = Some(Box::new((self, others)));
             return None;
         }
         drop(facts);

@@ -14,6 +14,7 @@
 //! | [`heartbeat`] | | |
 //! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
 //! | [`body_limit`] | | |
+//! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
 //! | [`deadline`] | `Deadline` | |
 //! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
@@ -24,6 +25,7 @@
 pub mod access_log;
 pub mod body_limit;
 pub mod circuit_breaker;
+pub mod concurrency;
 pub mod cors;
 pub mod deadline;
 pub mod errors;

@@ -142,7 +142,7 @@ impl Reloads {
     fn take(&mut self, Loaded { settings, tree, stack }: Loaded) {
         self.stack.store(Arc::new(stack));
         // Only now: the new stack holds what it goes on using.
-        self.registry.retain(&settings.upstreams);
+        self.registry.retain(&settings);
         self.timing.set(&settings.defaults.timeouts);
         self.shutdown.set_times(settings.drain);
         tell(&self.admin, &settings, &tree);

@@ -22,7 +22,8 @@ use serde_json::Value;
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
     layers::{
-        body_limit, circuit_breaker, cors, errors, fallback, hygiene, request_id, retry, security_headers, timeouts,
+        body_limit, circuit_breaker, concurrency, cors, errors, fallback, hygiene, request_id, retry, security_headers,
+        timeouts,
     },
     route::Match,
     telemetry::log,
@@ -180,6 +181,9 @@ pub struct Upstream {
     /// When an endpoint that fails is left alone, and for how long. Default: never.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub circuit_breaker: Option<circuit_breaker::Config>,
+    /// How many requests may be in flight to it, over all routes, and how many may wait. Default: any number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<concurrency::Config>,
     /// A fixed answer instead of a backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub respond: Option<respond::Config>,
@@ -224,6 +228,7 @@ impl Check for Upstream {
                     ("tls", self.tls.is_some()),
                     ("pool", self.pool.is_some()),
                     ("circuit_breaker", self.circuit_breaker.is_some()),
+                    ("concurrency", self.concurrency.is_some()),
                 ];
                 for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                     problems.add(key, "has no effect beside `respond`: leave it out");
@@ -245,6 +250,9 @@ impl Check for Upstream {
         if let Some(breaker) = &self.circuit_breaker {
             problems.at("circuit_breaker", |problems| breaker.check(problems));
         }
+        if let Some(concurrency) = &self.concurrency {
+            problems.at("concurrency", |problems| concurrency.check(problems));
+        }
     }
 }
 
@@ -260,6 +268,8 @@ pub struct Defaults {
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
     pub body_limit: Toggle<body_limit::Config>,
+    /// How many requests of a route may be in flight, and how many may wait. Each route counts its own. Default `off`.
+    pub concurrency: Toggle<concurrency::Config>,
     /// The upstreams that step in where the route's own failed, in this order: a list, or a section with the list in
     /// `to`. Default `off`.
     pub fallback: Toggle<fallback::Config>,
@@ -276,6 +286,7 @@ impl Default for Defaults {
             cors: Toggle::Off,
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
+            concurrency: Toggle::Off,
             fallback: Toggle::Off,
             retry: Toggle::Off,
             errors: errors::Config::default(),
@@ -308,6 +319,9 @@ pub struct Route {
     /// Instead of `defaults.body_limit`; `off` sets none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_limit: Option<Toggle<body_limit::Config>>,
+    /// Instead of `defaults.concurrency`; `off` sets no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<Toggle<concurrency::Config>>,
     /// Instead of `defaults.fallback`; `off` leaves failures to the route's own upstream.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback: Option<Toggle<fallback::Config>>,
@@ -330,6 +344,7 @@ impl Route {
             cors: None,
             timeouts: None,
             body_limit: None,
+            concurrency: None,
             fallback: None,
             retry: None,
             errors: None,
@@ -361,6 +376,7 @@ impl Route {
             cors: self.cors.as_ref().unwrap_or(&defaults.cors).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
+            concurrency: self.concurrency.as_ref().unwrap_or(&defaults.concurrency).clone(),
             fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
             retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
             errors: self.errors.unwrap_or(defaults.errors),
@@ -399,7 +415,7 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, cors, timeouts, body_limit, fallback, retry, errors } =
+            let Defaults { security_headers, cors, timeouts, body_limit, concurrency, fallback, retry, errors } =
                 route.policies(&self.defaults);
             // A fixed answer does not fail, whatever it inherits.
             let fixed = self.is_fixed(&route.upstream);
@@ -413,6 +429,7 @@ impl Settings {
                 cors: Some(cors),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
+                concurrency: Some(concurrency),
                 fallback: Some(if fixed { Toggle::Off } else { fallback }),
                 retry: Some(if fixed { Toggle::Off } else { retry }),
                 errors: Some(errors),
@@ -463,6 +480,7 @@ impl Settings {
         problems.at("defaults.cors", |problems| self.defaults.cors.check(problems));
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
+        problems.at("defaults.concurrency", |problems| self.defaults.concurrency.check(problems));
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
     }
@@ -525,6 +543,9 @@ impl Settings {
                 check_name(&route.upstream, "upstream", &upstreams, problems);
                 problems.at("match", |problems| route.matches.check(problems));
                 problems.at("cors", |problems| route.cors.iter().for_each(|cors| cors.check(problems)));
+                if let Some(concurrency) = &route.concurrency {
+                    problems.at("concurrency", |problems| concurrency.check(problems));
+                }
                 if let Some(Toggle::On(retry)) = &route.retry {
                     problems.at("retry", |problems| {
                         if self.is_fixed(&route.upstream) {

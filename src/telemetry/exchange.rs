@@ -82,8 +82,8 @@ pub struct Facts {
     /// From the start to the response's head.
     pub first_byte: Option<Duration>,
     /// Present when the exchange goes on as a tunnel after its head. Made by `upstream::client`, which
-    /// empties it when the tunnel ends; `layers::access_log` puts its entry in, so that the line is written
-    /// then.
+    /// empties it when the tunnel ends; `layers::concurrency` adds its permit, so that the tunnel is in flight until
+    /// then, and `layers::access_log` its entry, so that the line is written then.
     pub tunnel: Option<Box<dyn Any + Send>>,
 }
 

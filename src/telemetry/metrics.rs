@@ -53,6 +53,11 @@ struct Families {
     breaker_state: Family<Endpoint, Gauge>,
     breaker_transitions: Family<Transition, Counter>,
     breaker_refused: Family<Endpoint, Counter>,
+    concurrency_limit: Family<Limited, Gauge>,
+    concurrency_in_flight: Family<Limited, Gauge>,
+    concurrency_queued: Family<Limited, Gauge>,
+    concurrency_wait: Family<Limited, Histogram, fn() -> Histogram>,
+    concurrency_shed: Family<Shed, Counter>,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -236,6 +241,23 @@ pub struct BreakerMetrics {
     pub refused: Counter,
 }
 
+/// Samples of the limit of one route or upstream, found once at load.
+#[derive(Debug, Clone)]
+pub struct ConcurrencyMetrics {
+    /// Requests that may be in flight.
+    pub limit: Gauge,
+    /// Those that are.
+    pub in_flight: Gauge,
+    /// Those that wait.
+    pub queued: Gauge,
+    /// How long they did, in seconds.
+    pub queue_wait: Histogram,
+    /// Refused because too many waited.
+    pub queue_full: Counter,
+    /// Refused after `queue_timeout`.
+    pub queue_timeout: Counter,
+}
+
 impl Metrics {
     /// An empty set.
     #[must_use]
@@ -258,6 +280,11 @@ impl Metrics {
             breaker_state: Family::default(),
             breaker_transitions: Family::default(),
             breaker_refused: Family::default(),
+            concurrency_limit: Family::default(),
+            concurrency_in_flight: Family::default(),
+            concurrency_queued: Family::default(),
+            concurrency_wait: Family::new_with_constructor(histogram),
+            concurrency_shed: Family::default(),
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -285,6 +312,14 @@ impl Metrics {
         all.register("circuit_breaker_transitions", transitions, f.breaker_transitions.clone());
         let refused = "Requests that a circuit breaker refused";
         all.register("circuit_breaker_refused", refused, f.breaker_refused.clone());
+        let help = "Requests that may be in flight in a route or upstream with a limit";
+        all.register("concurrency_limit", help, f.concurrency_limit.clone());
+        all.register("concurrency_in_flight", "Those that are", f.concurrency_in_flight.clone());
+        all.register("concurrency_queued", "Those that wait for a place", f.concurrency_queued.clone());
+        let wait = "Time that requests waited for a place, those that gave up included";
+        all.register_with_unit("concurrency_wait", wait, Unit::Seconds, f.concurrency_wait.clone());
+        let shed = "Requests that were refused a place, by reason";
+        all.register("concurrency_shed", shed, f.concurrency_shed.clone());
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -401,6 +436,31 @@ impl Metrics {
         self.0.families.breaker_state.remove(&labels);
     }
 
+    /// The samples of the limit of a route or upstream.
+    #[must_use]
+    pub fn concurrency(&self, scope: &'static str, name: &str) -> ConcurrencyMetrics {
+        let f = &self.0.families;
+        let labels = Limited { scope, name: name.to_owned() };
+        let shed = |reason| f.concurrency_shed.get_or_create(&Shed { scope, name: name.to_owned(), reason }).clone();
+        ConcurrencyMetrics {
+            limit: f.concurrency_limit.get_or_create(&labels).clone(),
+            in_flight: f.concurrency_in_flight.get_or_create(&labels).clone(),
+            queued: f.concurrency_queued.get_or_create(&labels).clone(),
+            queue_wait: f.concurrency_wait.get_or_create(&labels).clone(),
+            queue_full: shed("queue_full"),
+            queue_timeout: shed("queue_timeout"),
+        }
+    }
+
+    /// Shows no limit that is gone. Its counters stay, as counters must.
+    pub fn forget_concurrency(&self, scope: &'static str, name: &str) {
+        let f = &self.0.families;
+        let labels = Limited { scope, name: name.to_owned() };
+        for gauge in [&f.concurrency_limit, &f.concurrency_in_flight, &f.concurrency_queued] {
+            gauge.remove(&labels);
+        }
+    }
+
     /// Counts a response that sidegate made itself. `slug` comes from `message::Kind`, a closed list.
     pub fn error(&self, slug: &'static str) {
         self.0.families.errors.get_or_create(&Slug { slug }).inc();
@@ -504,6 +564,19 @@ struct Transition {
     upstream: String,
     endpoint: String,
     to: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Limited {
+    scope: &'static str,
+    name: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Shed {
+    scope: &'static str,
+    name: String,
     reason: &'static str,
 }
 

@@ -7,6 +7,7 @@ mod harness;
 mod assistant;
 mod circuit_breaker;
 mod cli;
+mod concurrency;
 mod config;
 mod cors;
 mod demo;
