@@ -333,3 +333,28 @@ routes:
     assert_eq!(proxy.sample(&series("own", "second", "reset")).await, 1);
     assert_eq!(proxy.sample(&series("own", "second", "circuit-open")).await, 3);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_finds_no_place_is_served_by_the_second() {
+    let (own, second) = (Backend::start().await, Recorder::answering(OK).await);
+    let proxy = Proxy::start(&format!(
+        "upstreams:
+  own: {{ endpoints: ['{}'], concurrency: {{ max_in_flight: 1, queue: 0 }} }}
+  second: {{ endpoints: ['{}'] }}
+routes:
+  - {{ name: ask, upstream: own, fallback: [second] }}
+",
+        own.url(),
+        second.url()
+    ))
+    .await;
+    let mut client = proxy.connect().await;
+    client.send(post("{}")).await;
+    let mut first = own.accept().await;
+    first.request().await;
+    first.send(STREAM.to_owned() + &chunk("data: one\n\n")).await;
+    assert_eq!(client.head().await.status(), 200);
+    assert_eq!(proxy.ask(post("{}")).await.text(), "second");
+    assert_eq!(proxy.sample(&series("own", "second", "overloaded")).await, 1);
+    assert!(own.accepted().await.is_none());
+}
