@@ -448,3 +448,28 @@ async fn a_stream_that_breaks_off_is_a_failure_and_one_that_is_left_is_not() {
     let shown = layered.breaker.snapshot();
     assert_eq!((shown.requests, shown.failures), (4, 3));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_head_counts_as_slow_and_a_slow_body_does_not() {
+    let mut layered = Layered::new(Config {
+        slow_rate: Toggle::On(1.0),
+        slow_first_byte: Some(HumanDuration::from_secs(2)),
+        min_requests: count(2),
+        ..config()
+    });
+    for _ in 0..2 {
+        let (answer, send) = layered.sent().await;
+        send.send_response(Response::new(Body::from("answer")));
+        let body = answer.await.unwrap().into_body();
+        advance(secs(60)).await;
+        drop(body);
+    }
+    assert!(layered.breaker.admits());
+    for _ in 0..2 {
+        let (answer, send) = layered.sent().await;
+        advance(secs(2)).await;
+        send.send_response(Response::new(Body::from("answer")));
+        answer.await.unwrap();
+    }
+    assert!(!layered.breaker.admits(), "{:?}", layered.breaker.snapshot());
+}

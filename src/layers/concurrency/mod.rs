@@ -10,7 +10,7 @@
 //! place was held lately, divided by the places.
 //!
 //! With `adaptive`, `max_in_flight` is the highest limit, and the limit follows the time to the first byte: see
-//! `adaptive`. The whole length of an answer would say how much a model wrote, not how busy it is. Where the number of
+//! `adaptive`. It is measured from the request's last byte; the whole length of an answer would say how much a model wrote, not how busy it is. Where the number of
 //! places is known, as with a GPU's batch, a fixed limit is better.
 //!
 //! ```
@@ -261,7 +261,9 @@ where
         if let Some(limiter) = permit.as_ref().and_then(Permit::limiter)
             && is_telling(&result)
         {
-            limiter.sample(this.begun.elapsed());
+            // Not the client's upload is measured.
+            let last = this.exchange.as_ref().and_then(Exchange::last_received);
+            limiter.sample(last.map_or(*this.begun, |last| last.max(*this.begun)).elapsed());
         }
         let response = result?;
         let Some(permit) = permit else { return Poll::Ready(Ok(response.map(Body::new))) };

@@ -260,6 +260,36 @@ async fn a_tunnel_is_in_flight_until_it_ends() {
     assert_eq!(figures(&layered.limiter), (0, 0));
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_adaptive_limit_follows_the_first_bytes_and_lets_in_who_waits() {
+    let adaptive = Config { adaptive: Some(adaptive::Config::default()), ..config(30, 100) };
+    let limiter = Arc::new(Limiter::new(Scope::Upstream, "gpu", adaptive, &Metrics::new()));
+    assert_eq!(limiter.snapshot().limit, 20);
+    let held: Vec<_> = (0..20).map(|_| permit(&limiter)).collect();
+    let waiting: Vec<_> = (0..20).map(|_| place(&limiter)).collect();
+    for _ in 0..20 {
+        advance(Duration::from_secs(1)).await;
+        for _ in 0..10 {
+            limiter.sample(Duration::from_millis(50));
+        }
+    }
+    let shown = limiter.snapshot();
+    assert_eq!((shown.limit, shown.in_flight, shown.queued), (30, 30, 10));
+    for _ in 0..20 {
+        advance(Duration::from_secs(1)).await;
+        for _ in 0..10 {
+            limiter.sample(Duration::from_secs(5));
+        }
+    }
+    let shown = limiter.snapshot();
+    assert!(shown.limit < 15, "{shown:?}");
+    assert_eq!(shown.in_flight, 30, "nobody is thrown out");
+    limiter.adopt(&config(30, 100));
+    assert_eq!(limiter.snapshot().limit, 30);
+    drop((held, waiting));
+    assert_eq!(figures(&limiter), (0, 0));
+}
+
 #[test]
 fn only_answers_and_timeouts_tell_how_busy_an_upstream_is() {
     let status = |status: u16| is_telling(&Ok(Response::builder().status(status).body(()).unwrap()));
