@@ -41,7 +41,7 @@ fn series(from: &str, to: &str, reason: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn each_failure_leads_to_the_second() {
     let (own, second) = (Backend::start().await, Recorder::answering(OK).await);
-    let route = "fallback: [second], timeouts: { first_byte: 100ms }";
+    let route = "fallback: [second], timeouts: { first_byte: 500ms }";
     let proxy = proxy(&own.url(), &second.url(), route).await;
     for (n, failure) in ["reset", "timeout", "502", "503", "504"].into_iter().enumerate() {
         let mut client = proxy.connect().await;
@@ -200,7 +200,7 @@ async fn retries_come_before_fallbacks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_deadline_is_one_for_all() {
     let (own, second) = (Backend::start().await, Backend::start().await);
-    let route = "fallback: [second], timeouts: { first_byte: 300ms, total: 500ms }";
+    let route = "fallback: [second], timeouts: { first_byte: 500ms, total: 1s }";
     let proxy = proxy(&own.url(), &second.url(), route).await;
     let mut client = proxy.connect().await;
     client.send("GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n").await;
