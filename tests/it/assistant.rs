@@ -227,3 +227,16 @@ async fn many_ask_at_once_and_all_are_answered_whole() {
         assert!(tokens == "Hello from the assistant." || tokens == "Hello from Ollama.", "{tokens}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ollama_is_never_asked_for_more_than_it_computes_at_once() {
+    let system = system().await;
+    set_mode(&system.assistant, "loading").await;
+    // Four at once and sixteen who wait: all that the file allows.
+    let ids: Vec<String> = (0..20).map(|n| format!("queued-{n}")).collect();
+    for answer in join_all(ids.iter().map(|id| system.ask(id))).await {
+        assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from Ollama."));
+    }
+    let peak = system.ollama.ask("GET /peak HTTP/1.1\r\nhost: ollama\r\n\r\n").await.json();
+    assert!((1..=4).contains(&peak.as_u64().unwrap()), "{peak} at once");
+}
