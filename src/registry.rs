@@ -1,16 +1,20 @@
-//! What outlives a configuration: samples, the log, and upstream clients whose settings did not change.
+//! What outlives a configuration: samples, the log, and what is known of upstreams and their endpoints.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use http::HeaderValue;
 
 use crate::{
     layers::{
-        circuit_breaker::Breaker,
+        circuit_breaker::{self, Breaker},
         concurrency::{self, Limiter, Scope},
         hygiene::pseudonym,
         retry::Budget,
@@ -18,18 +22,66 @@ use crate::{
     message::BoxError,
     settings::{Settings, Upstream},
     telemetry::{Metrics, log::Writer},
-    upstream::{Address, Client, client},
+    upstream::{
+        Address, Client,
+        balance::{self, Balancer, Endpoint, Entry, Member, Roster, Upkeep},
+        client,
+        health::{self, Checker},
+    },
 };
 
 /// The live state of the process. A reload builds its new stack from the same one.
 pub struct Registry {
-    metrics: Metrics,
     log: Writer,
     via: HeaderValue,
-    clients: Mutex<HashMap<(String, Address), (client::Config, Client)>>,
+    live: Arc<Live>,
     budgets: Mutex<HashMap<String, Budget>>,
-    breakers: Mutex<HashMap<(String, Address), Arc<Breaker>>>,
     limiters: Mutex<HashMap<(Scope, String), Arc<Limiter>>>,
+    balancers: Mutex<HashMap<String, Balancers>>,
+}
+
+/// An endpoint of an upstream, by the upstream's name.
+type Key = (String, Address);
+
+/// What is known of endpoints. Shared with the tasks of upstreams, which find new ones.
+struct Live {
+    metrics: Metrics,
+    clients: Mutex<HashMap<Key, (client::Config, Client)>>,
+    breakers: Mutex<HashMap<Key, Arc<Breaker>>>,
+    endpoints: Mutex<HashMap<Key, Arc<Endpoint>>>,
+    /// A configuration has taken effect: endpoints that come now are added to a running process.
+    running: AtomicBool,
+}
+
+/// The balancers of one upstream: the one that holds, and one of a configuration that may come to.
+#[derive(Default)]
+struct Balancers {
+    holds: Option<(Shape, Arc<Balancer>, Upkeep)>,
+    built: Option<(Shape, Arc<Balancer>)>,
+}
+
+/// What a balancer is made of: where it is the same, so is the balancer.
+#[derive(Debug, Clone, PartialEq)]
+struct Shape {
+    entries: Vec<Entry>,
+    balance: balance::Config,
+    health: health::Config,
+    client: client::Config,
+}
+
+impl Shape {
+    fn of(upstream: &Upstream) -> Self {
+        Self {
+            entries: upstream.endpoints.iter().flatten().cloned().collect(),
+            balance: upstream.balance.clone().unwrap_or_default(),
+            health: upstream.health.clone().unwrap_or_default(),
+            client: upstream.client(),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl fmt::Debug for Registry {
@@ -42,21 +94,21 @@ impl Registry {
     /// A registry without clients.
     #[must_use]
     pub fn new(metrics: Metrics, log: Writer) -> Self {
-        Self {
+        let live = Live {
             metrics,
-            log,
-            via: pseudonym(),
             clients: Mutex::default(),
-            budgets: Mutex::default(),
             breakers: Mutex::default(),
-            limiters: Mutex::default(),
-        }
+            endpoints: Mutex::default(),
+            running: AtomicBool::new(false),
+        };
+        let (live, via) = (Arc::new(live), pseudonym());
+        Self { log, via, live, budgets: Mutex::default(), limiters: Mutex::default(), balancers: Mutex::default() }
     }
 
     /// The samples.
     #[must_use]
     pub fn metrics(&self) -> &Metrics {
-        &self.metrics
+        &self.live.metrics
     }
 
     /// The log.
@@ -76,91 +128,245 @@ impl Registry {
     /// # Errors
     /// As [`Client::new`].
     pub fn client(&self, name: &str, upstream: &Upstream, address: &Address) -> Result<Client, BoxError> {
-        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (name.to_owned(), address.clone());
-        let config = upstream.client();
-        if let Some((_, client)) = clients.get(&key).filter(|(known, _)| *known == config) {
-            return Ok(client.clone());
-        }
-        let client = Client::new(name, address, &config, &self.metrics)?;
-        clients.insert(key, (config, client.clone()));
-        Ok(client)
+        self.live.client(name, upstream.client(), address, address, None)
     }
 
     /// The retry budget of the upstream `name`: the same one over reloads.
     pub fn budget(&self, name: &str) -> Budget {
-        let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
-        budgets.entry(name.to_owned()).or_default().clone()
+        lock(&self.budgets).entry(name.to_owned()).or_default().clone()
     }
 
-    /// The circuit breaker of an endpoint, if its upstream has any: the one that there is, in the state that it is in.
-    /// What has changed in its settings holds from [`retain`](Self::retain) on, when the configuration does.
-    pub fn breaker(&self, name: &str, upstream: &Upstream, address: &Address) -> Option<Arc<Breaker>> {
-        let config = upstream.circuit_breaker.as_ref()?;
-        let mut breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        let breaker = breakers
-            .entry((name.to_owned(), address.clone()))
-            .or_insert_with(|| Arc::new(Breaker::new(name, &address.to_string(), config.clone(), &self.metrics)));
-        Some(breaker.clone())
+    /// Finds the circuit breaker of an endpoint, if its upstream has any: the one that there is, in the state that it is
+    /// in. What has changed in its settings holds from [`retain`](Self::retain) on, when the configuration does.
+    pub fn breakers_of(
+        &self,
+        name: &str,
+        upstream: &Upstream,
+    ) -> impl Fn(&Address) -> Option<Arc<Breaker>> + Send + Sync + 'static {
+        let (live, name, config) = (self.live.clone(), name.to_owned(), upstream.circuit_breaker.clone());
+        move |address| Some(live.breaker(&name, config.as_ref()?, address))
     }
 
     /// All circuit breakers, by upstream and endpoint.
     #[must_use]
     pub fn breakers(&self) -> Vec<Arc<Breaker>> {
-        let breakers = self.breakers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut breakers: Vec<_> = breakers.values().cloned().collect();
+        let mut breakers: Vec<_> = lock(&self.live.breakers).values().cloned().collect();
         breakers.sort_by(|one, other| (one.upstream(), one.endpoint()).cmp(&(other.upstream(), other.endpoint())));
         breakers
+    }
+
+    /// What balances over the endpoints of an upstream: the one that there is, unless its settings changed. Its tasks
+    /// begin when the configuration holds, with [`retain`](Self::retain).
+    ///
+    /// # Errors
+    /// As [`Client::new`].
+    pub fn balancer(&self, name: &str, upstream: &Upstream) -> Result<Arc<Balancer>, BoxError> {
+        let shape = Shape::of(upstream);
+        let mut balancers = lock(&self.balancers);
+        let known = balancers.entry(name.to_owned()).or_default();
+        if let Some((_, balancer, _)) = known.holds.as_ref().filter(|(of, ..)| *of == shape) {
+            return Ok(balancer.clone());
+        }
+        if let Some((_, balancer)) = known.built.as_ref().filter(|(of, _)| *of == shape) {
+            return Ok(balancer.clone());
+        }
+        let roster = self.roster(name, &shape);
+        let before = known.holds.as_ref().map(|(_, balancer, _)| balancer.members()).unwrap_or_default();
+        let mut members: Vec<Member> = Vec::new();
+        for entry in &shape.entries {
+            // What its name stands for is known, if it was looked up.
+            let found = before.iter().filter(|known| known.origin == entry.url).map(|known| known.dial);
+            let mut dials: Vec<_> = found.filter(|dial| dial.is_none() || !shape.balance.resolve.is_off()).collect();
+            if dials.is_empty() {
+                dials.push(None);
+            }
+            for dial in dials {
+                let member = roster.member(entry, dial)?;
+                if !members.iter().any(|known| known.address == member.address) {
+                    members.push(member);
+                }
+            }
+        }
+        let passive = shape.health.passive.as_ref().cloned();
+        let balancer = Balancer::new(name, shape.balance.clone(), passive, members, self.metrics());
+        let balancer = Arc::new(balancer);
+        known.built = Some((shape, balancer.clone()));
+        Ok(balancer)
+    }
+
+    /// The balancers that hold, by upstream.
+    #[must_use]
+    pub fn balancers(&self) -> BTreeMap<String, Arc<Balancer>> {
+        let balancers = lock(&self.balancers);
+        balancers.iter().filter_map(|(name, of)| Some((name.clone(), of.holds.as_ref()?.1.clone()))).collect()
+    }
+
+    fn roster(&self, name: &str, shape: &Shape) -> Arc<dyn Roster> {
+        Arc::new(Of {
+            live: self.live.clone(),
+            upstream: name.to_owned(),
+            client: shape.client.clone(),
+            active: shape.health.active.as_ref().cloned(),
+        })
     }
 
     /// The limit of the route or upstream `name`: the one that there is, with those in flight and in its queue. What has
     /// changed in its settings holds from [`retain`](Self::retain) on.
     pub fn limiter(&self, scope: Scope, name: &str, config: &concurrency::Config) -> Arc<Limiter> {
-        let mut limiters = self.limiters.lock().unwrap_or_else(PoisonError::into_inner);
-        let limiter = limiters
-            .entry((scope, name.to_owned()))
-            .or_insert_with(|| Arc::new(Limiter::new(scope, name, config.clone(), &self.metrics)));
-        limiter.clone()
+        let new = || Arc::new(Limiter::new(scope, name, config.clone(), self.metrics()));
+        lock(&self.limiters).entry((scope, name.to_owned())).or_insert_with(new).clone()
     }
 
     /// The limit of the route or upstream `name`, if it has any.
     #[must_use]
     pub fn limiter_of(&self, scope: Scope, name: &str) -> Option<Arc<Limiter>> {
-        self.limiters.lock().unwrap_or_else(PoisonError::into_inner).get(&(scope, name.to_owned())).cloned()
+        lock(&self.limiters).get(&(scope, name.to_owned())).cloned()
     }
 
-    /// Makes the live state that of `settings`: what changed holds, and what belongs to endpoints that are no
-    /// longer named is dropped. Requests in flight keep theirs to their end.
+    /// Makes the live state that of `settings`: what changed holds, and what belongs to endpoints that are no longer
+    /// named is dropped. Requests in flight keep theirs to their end. Needs a tokio runtime.
     pub fn retain(&self, settings: &Settings) {
         let upstreams = &settings.upstreams;
-        let named = |(name, address): &(String, Address)| {
+        self.hold_balancers(upstreams);
+        let balancers = self.balancers();
+        let named = |(name, address): &Key| {
             let upstream = upstreams.get(name)?;
-            upstream.endpoints.iter().flatten().any(|known| known == address).then_some(upstream)
+            let listed = upstream.endpoints.iter().flatten().any(|known| known.url == *address);
+            let found = || balancers.get(name)?.members().into_iter().find(|member| member.address == *address);
+            (listed || found().is_some()).then_some(upstream)
         };
-        self.clients.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, _| named(key).is_some());
-        self.budgets.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| upstreams.contains_key(name));
-        self.breakers.lock().unwrap_or_else(PoisonError::into_inner).retain(|key, breaker| {
+        let live = &self.live;
+        lock(&live.clients).retain(|key, _| named(key).is_some());
+        lock(&self.budgets).retain(|name, _| upstreams.contains_key(name));
+        lock(&live.endpoints).retain(|key, endpoint| {
+            let upstream = named(key).filter(|upstream| upstream.is_balanced());
+            match upstream {
+                Some(upstream) => {
+                    endpoint.change(|health, _| health.adopt(&upstream.health.clone().unwrap_or_default()));
+                }
+                None => live.metrics.forget_balanced(endpoint.upstream(), endpoint.name()),
+            }
+            upstream.is_some()
+        });
+        lock(&live.breakers).retain(|key, breaker| {
             let config = named(key).and_then(|upstream| upstream.circuit_breaker.as_ref());
             match config {
                 Some(config) => breaker.adopt(config),
-                None => self.metrics.forget_breaker(breaker.upstream(), breaker.endpoint()),
+                None => live.metrics.forget_breaker(breaker.upstream(), breaker.endpoint()),
             }
             config.is_some()
         });
+        self.retain_limiters(settings);
+        live.running.store(true, Ordering::Relaxed);
+    }
+
+    fn retain_limiters(&self, settings: &Settings) {
         let route = |name: &str| {
             let route = settings.routes.iter().find(|route| route.name() == name)?;
             route.concurrency.as_ref().unwrap_or(&settings.defaults.concurrency).as_ref()
         };
-        self.limiters.lock().unwrap_or_else(PoisonError::into_inner).retain(|(scope, name), limiter| {
+        lock(&self.limiters).retain(|(scope, name), limiter| {
             let config = match scope {
                 Scope::Route => route(name),
-                Scope::Upstream => upstreams.get(name).and_then(|upstream| upstream.concurrency.as_ref()),
+                Scope::Upstream => settings.upstreams.get(name).and_then(|upstream| upstream.concurrency.as_ref()),
             };
             match config {
                 Some(config) => limiter.adopt(config),
-                None => self.metrics.forget_concurrency(scope.as_str(), name),
+                None => self.metrics().forget_concurrency(scope.as_str(), name),
             }
             config.is_some()
+        });
+    }
+
+    /// Lets the balancers of `upstreams` hold, and ends the tasks of others.
+    fn hold_balancers(&self, upstreams: &BTreeMap<String, Upstream>) {
+        lock(&self.balancers).retain(|name, known| {
+            let Some(upstream) = upstreams.get(name).filter(|upstream| upstream.is_balanced()) else { return false };
+            let shape = Shape::of(upstream);
+            let built = known.built.take().filter(|(of, _)| *of == shape);
+            if known.holds.as_ref().is_some_and(|(of, ..)| *of == shape) {
+                return true;
+            }
+            known.holds = built.map(|(shape, balancer)| {
+                let roster = self.roster(name, &shape);
+                let upkeep = Upkeep::start(balancer.clone(), shape.entries.clone(), roster, balance::system);
+                (shape, balancer, upkeep)
+            });
+            known.holds.is_some()
+        });
+    }
+}
+
+impl Live {
+    fn client(
+        &self,
+        name: &str,
+        config: client::Config,
+        address: &Address,
+        origin: &Address,
+        dial: Option<SocketAddr>,
+    ) -> Result<Client, BoxError> {
+        let mut clients = lock(&self.clients);
+        let key = (name.to_owned(), address.clone());
+        if let Some((_, client)) = clients.get(&key).filter(|(known, _)| *known == config) {
+            return Ok(client.clone());
+        }
+        let client = Client::dialling(name, origin, dial, &config, &self.metrics)?;
+        clients.insert(key, (config, client.clone()));
+        Ok(client)
+    }
+
+    fn breaker(&self, name: &str, config: &circuit_breaker::Config, address: &Address) -> Arc<Breaker> {
+        let mut breakers = lock(&self.breakers);
+        let new = || Arc::new(Breaker::new(name, &address.to_string(), config.clone(), &self.metrics));
+        breakers.entry((name.to_owned(), address.clone())).or_insert_with(new).clone()
+    }
+}
+
+/// The live state of the endpoints of one upstream.
+struct Of {
+    live: Arc<Live>,
+    upstream: String,
+    client: client::Config,
+    active: Option<health::Active>,
+}
+
+impl Roster for Of {
+    fn member(&self, entry: &Entry, dial: Option<SocketAddr>) -> Result<Member, BoxError> {
+        let address = match (dial, &entry.url) {
+            (Some(dial), Address::Tcp { tls, .. }) => Address::Tcp { tls: *tls, authority: dial.to_string().parse()? },
+            (_, url) => url.clone(),
+        };
+        let client = self.live.client(&self.upstream, self.client.clone(), &address, &entry.url, dial)?;
+        let mut endpoints = lock(&self.live.endpoints);
+        let endpoint = endpoints.entry((self.upstream.clone(), address.clone())).or_insert_with(|| {
+            let added = self.live.running.load(Ordering::Relaxed);
+            Arc::new(Endpoint::new(&self.upstream, &address.to_string(), added, &self.live.metrics))
+        });
+        let endpoint = endpoint.clone();
+        Ok(Member { endpoint, weight: entry.weight, address, origin: entry.url.clone(), dial, client })
+    }
+
+    fn checker(&self, member: &Member) -> Result<Option<Checker>, BoxError> {
+        let Some(active) = &self.active else { return Ok(None) };
+        let config = Checker::config(active, &self.client);
+        // Samples that nobody sees: a check is no attempt.
+        let client = Client::dialling(&self.upstream, &member.origin, member.dial, &config, &Metrics::new())?;
+        Checker::new(active.clone(), client).map(Some)
+    }
+
+    fn settle(&self, members: &[Member]) {
+        let stays = |(upstream, address): &Key| {
+            *upstream != self.upstream || members.iter().any(|member| member.address == *address)
+        };
+        lock(&self.live.clients).retain(|key, _| stays(key));
+        lock(&self.live.breakers).retain(|key, _| stays(key));
+        lock(&self.live.endpoints).retain(|key, endpoint| {
+            let stays = stays(key);
+            if !stays {
+                self.live.metrics.forget_balanced(endpoint.upstream(), endpoint.name());
+            }
+            stays
         });
     }
 }

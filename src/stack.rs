@@ -13,7 +13,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tower::{Service, ServiceBuilder};
+use tower::{Service, ServiceBuilder, util::Either};
 
 use crate::{
     config::{HumanDuration, Toggle},
@@ -39,7 +39,11 @@ use crate::{
     registry::Registry,
     route::{Routes, Table, Target},
     settings::{Defaults, Route, Settings},
-    upstream::{Client, respond::Respond},
+    upstream::{
+        Address, Client,
+        balance::{Admit, Balance, Balancer, Lane},
+        respond::Respond,
+    },
 };
 
 /// Everything between a client's connection and the upstreams, built from one version of the configuration.
@@ -229,9 +233,6 @@ impl Upstreams<'_> {
         let upstream = self.settings.upstreams.get(name).ok_or("there is none")?;
         match (&upstream.endpoints, &upstream.respond) {
             (Some(endpoints), _) => {
-                let address = endpoints.iter().next().ok_or("it has no endpoint")?;
-                let client = self.registry.client(name, upstream, address)?;
-                let breaker = self.registry.breaker(name, upstream, address);
                 let retry = self.policies.retry.as_ref().map(|config| {
                     RetryLayer::new(config, self.registry.budget(name), self.registry.metrics().retries(name))
                 });
@@ -239,7 +240,15 @@ impl Upstreams<'_> {
                     .concurrency
                     .as_ref()
                     .map(|config| ConcurrencyLayer::new(self.registry.limiter(Scope::Upstream, name, config)));
-                Ok(Kind::Backend(attempts(limit, retry, attempt(&self.policies, client, breaker))))
+                let breaker = self.registry.breakers_of(name, upstream);
+                let endpoints = match &*endpoints.0 {
+                    [only] if !upstream.is_balanced() => {
+                        let client = self.registry.client(name, upstream, &only.url)?;
+                        Either::Left(attempt(&self.policies, client, breaker(&only.url)))
+                    }
+                    _ => Either::Right(balance(&self.policies, self.registry.balancer(name, upstream)?, breaker)),
+                };
+                Ok(Kind::Backend(attempts(limit, retry, endpoints)))
             }
             (None, Some(respond)) => Ok(Kind::Fixed(Respond::new(name.into(), respond))),
             (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
@@ -268,6 +277,22 @@ fn attempts<S: Endpoint>(limit: Option<ConcurrencyLayer>, retry: Option<RetryLay
         .option_layer(limit)
         .option_layer(retry)
         .service(upstream)
+}
+
+/// Over the endpoints of one upstream.
+fn balance(
+    policies: &Defaults,
+    balancer: Arc<Balancer>,
+    breaker: impl Fn(&Address) -> Option<Arc<Breaker>> + Send + Sync + 'static,
+) -> Balance {
+    let policies = policies.clone();
+    Balance::new(balancer, move |member| {
+        let breaker = breaker(&member.address);
+        Lane {
+            service: HttpService::new(attempt(&policies, member.client.clone(), breaker.clone())),
+            admit: breaker.map(|breaker| -> Arc<dyn Admit> { breaker }),
+        }
+    })
 }
 
 /// Around one endpoint.

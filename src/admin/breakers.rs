@@ -6,10 +6,8 @@ use http::{StatusCode, Uri};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::{
-    layers::circuit_breaker::{Breaker, Snapshot},
-    message::path,
-};
+use super::asked_endpoint;
+use crate::layers::circuit_breaker::{Breaker, Snapshot};
 
 /// What an operator does to a breaker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,14 +59,9 @@ pub(super) fn set(
     upstream: &str,
     uri: &Uri,
 ) -> Result<Value, (StatusCode, &'static str)> {
-    let endpoint = match uri.query().unwrap_or_default() {
-        "" => None,
-        query => match query.strip_prefix("endpoint=") {
-            // One that is misspelt must not mean all of them.
-            None => return Err((StatusCode::BAD_REQUEST, "the query is `endpoint=ENDPOINT`, or nothing for all")),
-            Some(endpoint) => Some(path::decode(endpoint.as_bytes())),
-        },
-    };
+    // One that is misspelt must not mean all of them.
+    let wrong = |()| (StatusCode::BAD_REQUEST, "the query is `endpoint=ENDPOINT`, or nothing for all");
+    let endpoint = asked_endpoint(uri).map_err(wrong)?;
     let meant = |breaker: &&Arc<Breaker>| {
         **breaker.upstream() == *upstream
             && endpoint.as_deref().is_none_or(|endpoint| breaker.endpoint().as_bytes() == endpoint)

@@ -10,6 +10,10 @@
 //! | `GET /circuit-breakers` | state and figures of each: `closed`, `half_open` or `open`, counts, when the next request passes |
 //! | `POST /circuit-breakers/{upstream}/reset` | closes those of all its endpoints, or of the one in `?endpoint=` |
 //! | `POST /circuit-breakers/{upstream}/open` | opens them until they are reset |
+//! | `GET /upstreams` | the endpoints that there is a choice of, or whose health is looked at: weight, health, requests in flight, average time to the first byte, circuit breaker |
+//! | `GET /health/upstreams` | their health alone, with the last check |
+//! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads |
+//! | `POST /upstreams/{upstream}/undrain` | sends to it again |
 //! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
 //!
 //! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
@@ -19,14 +23,16 @@
 
 mod breakers;
 pub mod health;
+mod upstreams;
 
 use std::{
+    borrow::Cow,
     hint::black_box,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use http::{HeaderValue, Method, StatusCode, header, uri::Authority};
+use http::{HeaderValue, Method, StatusCode, Uri, header, uri::Authority};
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{mpsc, oneshot},
@@ -39,7 +45,7 @@ use self::{
 };
 use crate::{
     config::{Problems, Secret},
-    message::{Body, Request, Response},
+    message::{Body, Request, Response, path},
     registry::Registry,
     telemetry::metrics::CONTENT_TYPE,
 };
@@ -56,8 +62,8 @@ pub struct Configuration {
     pub given: Value,
     /// The same with every default, as [`Settings::effective`](crate::settings::Settings::effective) has it.
     pub effective: Value,
-    /// Upstreams by name, with their endpoint as metrics and logs call it; none for a fixed answer.
-    pub upstreams: Vec<(String, Option<String>)>,
+    /// Upstreams by name, with their endpoints as metrics and logs call them; none for a fixed answer.
+    pub upstreams: Vec<(String, Vec<String>)>,
     /// The problems of the last reload, if it was refused.
     pub refused: Option<Vec<String>>,
 }
@@ -162,6 +168,17 @@ impl Admin {
                     Err((status, why)) => problem(status, why),
                 }
             }
+            Page::Upstreams => {
+                answer(StatusCode::OK, &upstreams::list(&self.0.registry.balancers(), &self.0.registry.breakers()))
+            }
+            Page::HealthOfUpstreams => answer(StatusCode::OK, &upstreams::list_health(&self.0.registry.balancers())),
+            Page::Drain | Page::Undrain => {
+                let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
+                match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, request.uri()) {
+                    Ok(now) => answer(StatusCode::OK, &now),
+                    Err((status, why)) => problem(status, why),
+                }
+            }
             Page::Reload => self.reload().await,
         }
     }
@@ -169,18 +186,24 @@ impl Admin {
     fn health(&self) -> Value {
         let configuration = self.configuration().clone();
         let metrics = self.0.registry.metrics();
+        let balancers = self.0.registry.balancers();
         let upstreams: serde_json::Map<_, _> = configuration
             .upstreams
             .iter()
-            .map(|(name, endpoint)| {
-                let known = endpoint.as_ref().map_or_else(
-                    || json!({ "kind": "respond" }),
-                    |endpoint| {
-                        let samples = metrics.endpoint(name, endpoint);
-                        let (answered, failed) = (samples.answered.get(), samples.failed.get());
-                        json!({ "kind": "endpoints", "endpoint": endpoint, "answered": answered, "failed": failed })
-                    },
-                );
+            .map(|(name, named)| {
+                // Those that names stand for.
+                let found = balancers.get(name).map(|balancer| balancer.members());
+                let found = found.iter().flatten().map(|member| member.endpoint.name().to_string());
+                let found: Vec<_> = found.collect();
+                let endpoints = if found.is_empty() { named } else { &found };
+                let known = if endpoints.is_empty() {
+                    json!({ "kind": "respond" })
+                } else {
+                    let of = |endpoint: &String| metrics.endpoint(name, endpoint);
+                    let answered: u64 = endpoints.iter().map(|endpoint| of(endpoint).answered.get()).sum();
+                    let failed: u64 = endpoints.iter().map(|endpoint| of(endpoint).failed.get()).sum();
+                    json!({ "kind": "endpoints", "endpoints": endpoints, "answered": answered, "failed": failed })
+                };
                 (name.clone(), known)
             })
             .collect();
@@ -266,11 +289,15 @@ enum Page {
     Breakers,
     ResetBreaker,
     OpenBreaker,
+    Upstreams,
+    HealthOfUpstreams,
+    Drain,
+    Undrain,
     Reload,
 }
 
 impl Page {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 13] = [
         Self::Live,
         Self::Ready,
         Self::Health,
@@ -279,6 +306,10 @@ impl Page {
         Self::Breakers,
         Self::ResetBreaker,
         Self::OpenBreaker,
+        Self::Upstreams,
+        Self::HealthOfUpstreams,
+        Self::Drain,
+        Self::Undrain,
         Self::Reload,
     ];
 
@@ -303,6 +334,10 @@ impl Page {
             Self::Breakers => "/circuit-breakers",
             Self::ResetBreaker => "/circuit-breakers/{upstream}/reset",
             Self::OpenBreaker => "/circuit-breakers/{upstream}/open",
+            Self::Upstreams => "/upstreams",
+            Self::HealthOfUpstreams => "/health/upstreams",
+            Self::Drain => "/upstreams/{upstream}/drain",
+            Self::Undrain => "/upstreams/{upstream}/undrain",
             Self::Reload => "/reload",
         }
     }
@@ -310,9 +345,20 @@ impl Page {
     /// What changes something is asked for by POST, and needs the right to.
     const fn method(self) -> Method {
         match self {
-            Self::Reload | Self::ResetBreaker | Self::OpenBreaker => Method::POST,
+            Self::Reload | Self::ResetBreaker | Self::OpenBreaker | Self::Drain | Self::Undrain => Method::POST,
             _ => Method::GET,
         }
+    }
+}
+
+/// The endpoint in the query `endpoint=ENDPOINT`, decoded; nothing where there is no query.
+///
+/// # Errors
+/// The query is another one.
+fn asked_endpoint(uri: &Uri) -> Result<Option<Cow<'_, [u8]>>, ()> {
+    match uri.query().unwrap_or_default() {
+        "" => Ok(None),
+        query => query.strip_prefix("endpoint=").map(|endpoint| Some(path::decode(endpoint.as_bytes()))).ok_or(()),
     }
 }
 
@@ -469,7 +515,7 @@ mod tests {
     async fn health_and_metrics_show_what_is_known() {
         let (admin, _reloads) = admin(LOOPBACK);
         admin.configuration().upstreams =
-            vec![("api".to_owned(), Some("127.0.0.1:8000".to_owned())), ("off".to_owned(), None)];
+            vec![("api".to_owned(), vec!["127.0.0.1:8000".to_owned()]), ("off".to_owned(), Vec::new())];
         admin.0.registry.metrics().endpoint("api", "127.0.0.1:8000").answered.inc();
         let (_, health) = ask(&admin, request("GET", "/health")).await;
         let health: Value = serde_json::from_str(&health).unwrap();

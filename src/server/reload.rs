@@ -155,8 +155,8 @@ pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
     let shown = |tree: serde_json::Result<Value>| tree.map_or(Value::Null, admin::redact);
     let (given, effective) = (shown(tree.to_json()), shown(settings.effective()));
     let upstreams = settings.upstreams.iter().map(|(name, upstream)| {
-        let endpoint = upstream.endpoints.iter().flatten().next();
-        (name.clone(), endpoint.map(ToString::to_string))
+        let endpoints = upstream.endpoints.iter().flatten().map(|endpoint| endpoint.url.to_string());
+        (name.clone(), endpoints.collect())
     });
     let upstreams = upstreams.collect();
     let mut configuration = admin.configuration();

@@ -28,9 +28,9 @@ use crate::{
     route::Match,
     telemetry::log,
     upstream::{
-        Address,
+        balance,
         client::{self, Host, PoolConfig, Protocol, Tls},
-        respond,
+        health, respond,
     },
 };
 
@@ -161,9 +161,10 @@ impl Check for Limits {
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
-    /// Where the backend listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. Exactly one for now.
+    /// Where the backend listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`, or a section with that as
+    /// `url` and a `weight`; or a list of up to 256 of these.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub endpoints: Option<OneOrMany<Address>>,
+    pub endpoints: Option<OneOrMany<balance::Entry>>,
     /// The version of HTTP that the endpoints are spoken to in: `http1` or `http2` (over `http://` with prior
     /// knowledge, over `https://` by ALPN). Default `http1`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -184,6 +185,12 @@ pub struct Upstream {
     /// How many requests may be in flight to it, over all routes, and how many may wait. Default: any number.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<concurrency::Config>,
+    /// Which of several endpoints is asked. Default: the one of two with less in flight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub balance: Option<balance::Config>,
+    /// How endpoints that are not up are found. Default: they are not, all are asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health: Option<health::Config>,
     /// A fixed answer instead of a backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub respond: Option<respond::Config>,
@@ -203,11 +210,26 @@ impl Upstream {
 }
 
 impl Upstream {
+    /// Whether there is a choice between endpoints, or something known of them. Else a request goes straight to the only
+    /// one.
+    #[must_use]
+    pub fn is_balanced(&self) -> bool {
+        let endpoints = self.endpoints.as_ref().map_or(0, |endpoints| endpoints.0.len());
+        endpoints > 1 || endpoints == 1 && (self.balance.is_some() || self.health.is_some())
+    }
+
     /// Writes its defaults out.
     fn complete(&mut self) {
-        let Some(endpoint) = self.endpoints.iter().flatten().next() else { return };
-        let host = if endpoint.tls() { Host::Endpoint } else { Host::Preserve };
-        self.host.get_or_insert(host);
+        let mut endpoints = self.endpoints.iter().flatten();
+        let Some(endpoint) = endpoints.next() else { return };
+        // Where some speak TLS and others do not, no one value says what holds.
+        if endpoints.all(|other| other.url.tls() == endpoint.url.tls()) {
+            let host = if endpoint.url.tls() { Host::Endpoint } else { Host::Preserve };
+            self.host.get_or_insert(host);
+        }
+        if self.is_balanced() {
+            self.balance.get_or_insert_default();
+        }
         self.protocol.get_or_insert_default();
         self.pool.get_or_insert_default();
         self.circuit_breaker.iter_mut().for_each(circuit_breaker::Config::complete);
@@ -229,6 +251,8 @@ impl Check for Upstream {
                     ("pool", self.pool.is_some()),
                     ("circuit_breaker", self.circuit_breaker.is_some()),
                     ("concurrency", self.concurrency.is_some()),
+                    ("balance", self.balance.is_some()),
+                    ("health", self.health.is_some()),
                 ];
                 for (key, _) in given.into_iter().filter(|(_, given)| *given) {
                     problems.add(key, "has no effect beside `respond`: leave it out");
@@ -237,11 +261,12 @@ impl Check for Upstream {
             }
             (Some(endpoints), None) => match &*endpoints.0 {
                 [] => problems.add("endpoints", "is empty: name the backend, as in `[http://127.0.0.1:8000]`"),
-                [only] if self.tls.is_some() && !only.tls() => {
-                    problems.add("tls", format!("has no effect: `{only}` is spoken to without TLS"));
+                [first, ..] => {
+                    if self.tls.is_some() && !endpoints.iter().any(|endpoint| endpoint.url.tls()) {
+                        problems.add("tls", format!("has no effect: `{}` is spoken to without TLS", first.url));
+                    }
+                    balance::config::check_endpoints(endpoints, problems);
                 }
-                [_] => {}
-                more => problems.add("endpoints", format!("has {} entries: exactly one endpoint for now", more.len())),
             },
         }
         if let Some(tls) = &self.tls {
@@ -252,6 +277,12 @@ impl Check for Upstream {
         }
         if let Some(concurrency) = &self.concurrency {
             problems.at("concurrency", |problems| concurrency.check(problems));
+        }
+        if let Some(balance) = &self.balance {
+            problems.at("balance", |problems| balance.check(problems));
+        }
+        if let Some(health) = &self.health {
+            problems.at("health", |problems| health.check(problems));
         }
     }
 }
@@ -825,7 +856,10 @@ mod tests {
     #[test]
     fn an_upstream_that_could_not_be_read_is_not_unknown() {
         let problems = load("upstreams: {api: {endpoints: [8000]}}\nroutes: [{upstream: api}]").unwrap_err();
-        assert_eq!(problems, "upstreams.api.endpoints.0: must be text, not a number");
+        assert_eq!(
+            problems,
+            "upstreams.api.endpoints.0: must be a URL or a section with `url` and `weight`, not a number"
+        );
     }
 
     #[test]

@@ -58,6 +58,11 @@ struct Families {
     concurrency_queued: Family<Limited, Gauge>,
     concurrency_wait: Family<Limited, Histogram, fn() -> Histogram>,
     concurrency_shed: Family<Shed, Counter>,
+    endpoint_in_flight: Family<Endpoint, Gauge>,
+    endpoint_healthy: Family<Endpoint, Gauge>,
+    checks: Family<Attempt, Counter>,
+    picks: Family<Retried, Counter>,
+    lookups: Family<Retried, Counter>,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -232,6 +237,36 @@ pub struct RetryMetrics {
     pub body: Counter,
 }
 
+/// Samples of an endpoint that is balanced over, found once at load.
+#[derive(Debug, Clone)]
+pub struct BalancedMetrics {
+    /// Requests and streams that have not ended.
+    pub in_flight: Gauge,
+    /// 1 while it is up, 0 while it is down or ejected.
+    pub healthy: Gauge,
+    /// Checks that passed.
+    pub passed: Counter,
+    /// Checks that failed.
+    pub failed: Counter,
+}
+
+/// Samples of the choice between the endpoints of one upstream, found once at load.
+#[derive(Debug, Clone)]
+pub struct PickMetrics {
+    /// Requests that went to an endpoint.
+    pub picked: Counter,
+    /// Requests that went to one whatever its health, because too few were healthy.
+    pub panic: Counter,
+    /// Requests that were refused because the breakers of all endpoints were open.
+    pub circuit_open: Counter,
+    /// Requests that were refused because no endpoint was healthy.
+    pub none: Counter,
+    /// Lookups of a name that found addresses.
+    pub resolved: Counter,
+    /// Lookups of a name that did not.
+    pub unresolved: Counter,
+}
+
 /// Samples of the circuit breaker of one endpoint, found once at load.
 #[derive(Debug, Clone)]
 pub struct BreakerMetrics {
@@ -285,6 +320,11 @@ impl Metrics {
             concurrency_queued: Family::default(),
             concurrency_wait: Family::new_with_constructor(histogram),
             concurrency_shed: Family::default(),
+            endpoint_in_flight: Family::default(),
+            endpoint_healthy: Family::default(),
+            checks: Family::default(),
+            picks: Family::default(),
+            lookups: Family::default(),
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -320,6 +360,7 @@ impl Metrics {
         all.register_with_unit("concurrency_wait", wait, Unit::Seconds, f.concurrency_wait.clone());
         let shed = "Requests that were refused a place, by reason";
         all.register("concurrency_shed", shed, f.concurrency_shed.clone());
+        f.register_balance(&mut all);
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -411,6 +452,54 @@ impl Metrics {
     pub fn no_fallback(&self, route: &str, to: &str, reason: &'static str) {
         let labels = NoFallback { route: route.to_owned(), to: to.to_owned(), reason };
         self.0.families.no_fallbacks.get_or_create(&labels).inc();
+    }
+
+    /// The samples of an endpoint that is balanced over.
+    #[must_use]
+    pub fn balanced(&self, upstream: &str, endpoint: &str) -> BalancedMetrics {
+        let f = &self.0.families;
+        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        let check = |outcome| f.checks.get_or_create(&Attempt::of(upstream, endpoint, outcome)).clone();
+        BalancedMetrics {
+            in_flight: f.endpoint_in_flight.get_or_create(&labels).clone(),
+            healthy: f.endpoint_healthy.get_or_create(&labels).clone(),
+            passed: check("passed"),
+            failed: check("failed"),
+        }
+    }
+
+    /// The samples of the choice between the endpoints of an upstream.
+    #[must_use]
+    pub fn picks(&self, upstream: &str) -> PickMetrics {
+        let f = &self.0.families;
+        let of = |family: &Family<Retried, Counter>, outcome| {
+            family.get_or_create(&Retried { upstream: upstream.to_owned(), outcome }).clone()
+        };
+        PickMetrics {
+            picked: of(&f.picks, "picked"),
+            panic: of(&f.picks, "panic"),
+            circuit_open: of(&f.picks, "circuit_open"),
+            none: of(&f.picks, "no_healthy_endpoint"),
+            resolved: of(&f.lookups, "resolved"),
+            unresolved: of(&f.lookups, "failed"),
+        }
+    }
+
+    /// Shows an endpoint no longer that was balanced over, its attempts included: with names that stand for ever new
+    /// addresses there would be no end of them.
+    pub fn forget_balanced(&self, upstream: &str, endpoint: &str) {
+        let f = &self.0.families;
+        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        f.endpoint_in_flight.remove(&labels);
+        f.endpoint_healthy.remove(&labels);
+        f.breaker_state.remove(&labels);
+        f.breaker_refused.remove(&labels);
+        for outcome in ["passed", "failed"] {
+            f.checks.remove(&Attempt::of(upstream, endpoint, outcome));
+        }
+        for outcome in ["answered", "failed", "cancelled", "connected"] {
+            f.attempts.remove(&Attempt::of(upstream, endpoint, outcome));
+        }
     }
 
     /// The samples of the circuit breaker of an endpoint.
@@ -524,6 +613,24 @@ struct Attempt {
     upstream: String,
     endpoint: String,
     outcome: &'static str,
+}
+
+impl Attempt {
+    fn of(upstream: &str, endpoint: &str, outcome: &'static str) -> Self {
+        Self { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), outcome }
+    }
+}
+
+impl Families {
+    fn register_balance(&self, all: &mut Registry) {
+        let help = "Requests to an endpoint of several that have not ended";
+        all.register("endpoint_in_flight", help, self.endpoint_in_flight.clone());
+        let help = "Endpoints of several: 1 up, 0 down or left alone for a while";
+        all.register("endpoint_healthy", help, self.endpoint_healthy.clone());
+        all.register("health_checks", "Checks of an endpoint, by outcome", self.checks.clone());
+        all.register("balance_picks", "Choices of an endpoint, by outcome", self.picks.clone());
+        all.register("balance_lookups", "Lookups of the name of an endpoint, by outcome", self.lookups.clone());
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

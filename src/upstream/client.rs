@@ -13,6 +13,7 @@
 use std::{
     future::poll_fn,
     mem,
+    net::SocketAddr,
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -295,12 +296,27 @@ impl Client {
     /// # Errors
     /// The certificates to trust cannot be had.
     pub fn new(upstream: &str, address: &Address, config: &Config, metrics: &Metrics) -> Result<Self, BoxError> {
+        Self::dialling(upstream, address, None, config, metrics)
+    }
+
+    /// The same, which connects to `dial`, one of the addresses that the name in `address` stands for, and is called by
+    /// it. TLS and `Host` still go by the name.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn dialling(
+        upstream: &str,
+        address: &Address,
+        dial: Option<SocketAddr>,
+        config: &Config,
+        metrics: &Metrics,
+    ) -> Result<Self, BoxError> {
         let alpn: &[u8] = match config.protocol {
             Protocol::Http1 => b"http/1.1",
             Protocol::Http2 => b"h2",
         };
         let tls = address.tls().then(|| connect::tls(config.tls.ca.as_deref(), alpn)).transpose()?;
-        let name = address.to_string();
+        let name = dial.map_or_else(|| address.to_string(), |dial| dial.to_string());
         let own_host = match address {
             Address::Unix(_) => HeaderValue::from_static("localhost"),
             Address::Tcp { authority, tls } => {
@@ -324,7 +340,7 @@ impl Client {
             scheme: if address.tls() { Scheme::HTTPS } else { Scheme::HTTP },
             host,
             own_host,
-            connector: Connector::new(address, tls)?,
+            connector: Connector::new(address, dial, tls)?,
             pool,
             shared: Mutex::new(None),
             metrics: metrics.endpoint(upstream, &name),
@@ -332,6 +348,14 @@ impl Client {
             _sweep: sweep,
         };
         Ok(Self { endpoint: Arc::new(endpoint), connect: HumanDuration::from_secs(5).get() })
+    }
+
+    /// Opens a connection and closes it.
+    ///
+    /// # Errors
+    /// There is none to be had.
+    pub(super) async fn probe(&self) -> Result<(), BoxError> {
+        timeout(self.connect, self.endpoint.connector.connect()).await?.map(drop)
     }
 
     /// The same client, which gives up connecting after `connect`. Default 5 s.

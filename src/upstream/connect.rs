@@ -6,6 +6,7 @@ use std::{
         self,
         ErrorKind::{BrokenPipe, ConnectionReset},
     },
+    net::SocketAddr,
     pin::Pin,
     sync::{
         Arc,
@@ -14,7 +15,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::{Uri, uri::Scheme};
+use http::{
+    Uri,
+    uri::{Authority, Scheme},
+};
 use hyper_util::client::legacy::connect::HttpConnector;
 use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{
@@ -178,14 +182,23 @@ struct Tls {
 }
 
 impl Connector {
-    /// To `address`, with TLS as `tls` says where the address asks for it.
-    pub(super) fn new(address: &Address, tls: Option<ClientConfig>) -> Result<Self, BoxError> {
+    /// To `address`, or to the one at `dial` that its name stands for, with TLS as `tls` says where the address asks for
+    /// it.
+    pub(super) fn new(
+        address: &Address,
+        dial: Option<SocketAddr>,
+        tls: Option<ClientConfig>,
+    ) -> Result<Self, BoxError> {
         let to = match address {
             Address::Unix(path) => To::Unix(path.clone()),
             Address::Tcp { authority, .. } => {
                 let mut tcp = HttpConnector::new();
                 tcp.set_nodelay(true);
-                let uri = Uri::builder().scheme(Scheme::HTTP).authority(authority.clone()).path_and_query("/");
+                let to = match dial {
+                    Some(dial) => dial.to_string().parse()?,
+                    None => authority.clone(),
+                };
+                let uri = Uri::builder().scheme(Scheme::HTTP).authority::<Authority>(to).path_and_query("/");
                 let tls = match tls {
                     None => None,
                     Some(config) => {

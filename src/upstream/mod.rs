@@ -1,9 +1,11 @@
 //! Where requests go: the kinds of upstream, each a [`HttpService`](crate::message::HttpService) in the end.
 
 pub mod address;
+pub mod balance;
 pub mod client;
 mod connect;
 mod gather;
+pub mod health;
 mod pool;
 pub mod respond;
 mod tunnel;

@@ -66,7 +66,7 @@ fn toml_is_told_the_same() {
     let found = mistakes_in("f.toml", "thread = 2\n[upstreams.api]\nendpoints = ['http://a', 8000]\n", &[]);
     let expected = [
         "f.toml: thread: is no key here: did you mean `threads`?",
-        "f.toml: upstreams.api.endpoints.1: must be text, not a number",
+        "f.toml: upstreams.api.endpoints.1: must be a URL or a section with `url` and `weight`, not a number",
     ];
     assert_eq!(found, expected);
     let found = mistakes_in("f.toml", "threads = 'hush' hush", &[]);

@@ -5,6 +5,7 @@
 mod harness;
 
 mod assistant;
+mod balance;
 mod circuit_breaker;
 mod cli;
 mod concurrency;
@@ -17,6 +18,7 @@ mod fallback;
 mod fastapi;
 mod floors;
 mod forwarded;
+mod health;
 mod reload;
 mod retry;
 mod robustness;

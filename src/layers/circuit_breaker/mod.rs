@@ -75,6 +75,7 @@ use crate::{
     },
     message::{Body, BoxError, Error, Fault, Kind},
     telemetry::{Exchange, Metrics, metrics::BreakerMetrics},
+    upstream::balance::Admit,
 };
 
 /// When an endpoint is left alone, and for how long. Section `circuit_breaker` of an upstream.
@@ -337,6 +338,17 @@ impl Breaker {
             Change::HalfOpened => info!(upstream, endpoint, "circuit breaker half open"),
             Change::Closed { .. } => info!(upstream, endpoint, reason, "circuit breaker closed"),
         }
+    }
+}
+
+/// So that balancing, a floor below, asks another endpoint.
+impl Admit for Breaker {
+    fn admits(&self) -> bool {
+        self.admits()
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        self.retry_after()
     }
 }
 

@@ -1,0 +1,194 @@
+//! The arithmetic of a choice: pure, with the time and the dice handed in.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// What an [`Ewma`] forgets by two thirds: linkerd's default.
+const DECAY: Duration = Duration::from_secs(10);
+/// What a failure counts as, at least. A failure is fast, and would attract the traffic that then fails (linkerd's Load
+/// Biaser takes 5 s for a 429).
+const FAILURE: f64 = 5.0;
+/// The longest time that a failure counts as, in seconds: failures double what was there.
+const WORST: f64 = 60.0;
+/// Below this nobody tells endpoints apart, in seconds: a busy machine makes as much of a difference. Also what a new
+/// one is taken for.
+const LEAST: f64 = 0.005;
+/// A second endpoint is taken where its load is less than this share of the first one's: what differs by less is noise,
+/// and the weights decide.
+const CLEARLY: f64 = 0.8;
+/// The share of its weight that an endpoint comes back with (Envoy's `min_weight_percent`).
+const FIRST_SHARE: f64 = 0.1;
+
+/// A peak-sensitive moving average of times to the first byte (after Finagle's and tower's `PeakEwma`): a longer one is
+/// taken over at once, shorter ones are approached. It fades while nothing is heard, so that an endpoint that was slow
+/// once is asked again.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Ewma {
+    seconds: f64,
+    at: Option<Instant>,
+}
+
+impl Ewma {
+    /// A response whose head took so long.
+    pub fn observe(&mut self, took: Duration, now: Instant) {
+        self.take(took.as_secs_f64(), now);
+    }
+
+    /// A failure, after so long.
+    pub fn fail(&mut self, took: Duration, now: Instant) {
+        let bad = (2.0 * self.seconds(now)).clamp(FAILURE, WORST);
+        self.take(bad.max(took.as_secs_f64()), now);
+    }
+
+    fn take(&mut self, sample: f64, now: Instant) {
+        let kept = self.kept(now);
+        self.seconds = if sample > self.seconds * kept { sample } else { self.seconds * kept + sample * (1.0 - kept) };
+        self.at = Some(self.at.map_or(now, |at| at.max(now)));
+    }
+
+    /// How much of the average is left.
+    fn kept(&self, now: Instant) -> f64 {
+        let idle = self.at.map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        (-idle.as_secs_f64() / DECAY.as_secs_f64()).exp()
+    }
+
+    /// The average now, in seconds.
+    #[must_use]
+    pub fn seconds(&self, now: Instant) -> f64 {
+        (self.seconds * self.kept(now)).max(LEAST)
+    }
+
+    /// The last average, and when it was; nothing where nothing was heard.
+    #[must_use]
+    pub fn last(&self) -> Option<(Duration, Instant)> {
+        self.at.map(|at| (Duration::from_secs_f64(self.seconds), at))
+    }
+}
+
+/// The share of its weight that an endpoint has `since` it came back: from a tenth to all of it in `window`, in a line.
+#[must_use]
+pub fn slow_start(since: Duration, window: Duration) -> f64 {
+    if since >= window {
+        return 1.0;
+    }
+    let share = since.as_secs_f64() / window.as_secs_f64();
+    FIRST_SHARE + (1.0 - FIRST_SHARE) * share
+}
+
+/// One of `weights`, each as likely as it weighs; `random` is from 0 to 1.
+#[must_use]
+pub fn draw(weights: &[f64], random: f64) -> usize {
+    let mut left = random * weights.iter().sum::<f64>();
+    for (n, weight) in weights.iter().enumerate() {
+        left -= weight;
+        if left < 0.0 {
+            return n;
+        }
+    }
+    // Rounding, or a `random` of 1.
+    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0)
+}
+
+/// The better of two different ones that are drawn at random (the power of two choices): `load` says how busy each is,
+/// in any unit. Where that tells little, the one that was drawn first is taken, so that idle endpoints are asked as
+/// often as they weigh.
+#[must_use]
+pub fn of_two(weights: &mut [f64], mut random: impl FnMut() -> f64, load: impl Fn(usize) -> f64) -> usize {
+    let first = draw(weights, random());
+    if weights.len() < 2 {
+        return first;
+    }
+    weights[first] = 0.0;
+    let second = draw(weights, random());
+    if load(second) < load(first) * CLEARLY { second } else { first }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peak_is_taken_over_at_once_and_fades() {
+        let start = Instant::now();
+        let mut ewma = Ewma::default();
+        ewma.observe(ms(10), start);
+        ewma.observe(ms(900), start + ms(1));
+        assert!(ewma.seconds(start + ms(1)) > 0.89);
+        ewma.observe(ms(10), start + ms(2));
+        assert!(ewma.seconds(start + ms(2)) > 0.89, "one good one does not mend it");
+        assert!(ewma.seconds(start + Duration::from_secs(30)) < 0.05, "silence does");
+        assert!(ewma.seconds(start + Duration::from_secs(3600)) >= LEAST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fast_failure_looks_slow() {
+        let now = Instant::now();
+        let (mut fails, mut works) = (Ewma::default(), Ewma::default());
+        for n in 0..10 {
+            fails.fail(ms(1), now + ms(n));
+            works.observe(ms(800), now + ms(n));
+        }
+        assert!(fails.seconds(now + ms(10)) > 5.0 * works.seconds(now + ms(10)));
+        assert!(fails.seconds(now + ms(10)) <= WORST);
+    }
+
+    #[test]
+    fn weight_comes_back_in_a_line() {
+        let window = Duration::from_secs(10);
+        for (seconds, percent) in [(0, 10.0), (5, 55.0), (10, 100.0), (99, 100.0)] {
+            let share = slow_start(Duration::from_secs(seconds), window) * 100.0;
+            assert!((share - percent).abs() < 0.01, "{share} after {seconds} s");
+        }
+        assert!((slow_start(Duration::ZERO, Duration::ZERO) - 1.0).abs() < f64::EPSILON, "there is none");
+    }
+
+    #[test]
+    fn idle_endpoints_are_asked_as_often_as_they_weigh_and_busy_ones_are_left() {
+        let mut counts = [0, 0];
+        for n in 0..100 {
+            counts[of_two(&mut [3.0, 1.0], || f64::from(n) / 100.0, |_| 0.0)] += 1;
+        }
+        assert_eq!(counts, [75, 25]);
+        for n in 0..100 {
+            let busy = |which| if which == 0 { 2.0 } else { 1.0 };
+            assert_eq!(of_two(&mut [3.0, 1.0], || f64::from(n) / 100.0, busy), 1);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_weighs_nothing_is_not_drawn(weights in vec(0..5_u8, 1..20), random in 0.0..=1.0_f64) {
+            let weights: Vec<_> = weights.into_iter().map(f64::from).collect();
+            let drawn = draw(&weights, random);
+            prop_assert!(weights[drawn] > 0.0 || weights.iter().all(|weight| *weight == 0.0));
+        }
+
+        #[test]
+        fn an_average_stays_between_the_shortest_and_the_worst(samples in vec((0..100_000_u64, 0..20_000_u64, any::<bool>()), 1..50)) {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let _entered = runtime.enter();
+            let (mut now, mut ewma) = (Instant::now(), Ewma::default());
+            let mut longest = WORST;
+            for (took, gap, failed) in samples {
+                now += ms(gap);
+                let took = ms(took);
+                longest = longest.max(took.as_secs_f64());
+                if failed { ewma.fail(took, now) } else { ewma.observe(took, now) }
+                prop_assert!((LEAST..=longest).contains(&ewma.seconds(now)));
+            }
+        }
+
+        #[test]
+        fn a_share_of_weight_never_shrinks(since in 0..20_000_u64, more in 0..20_000_u64, window in 1..20_000_u64) {
+            let (early, late) = (slow_start(ms(since), ms(window)), slow_start(ms(since + more), ms(window)));
+            prop_assert!((FIRST_SHARE..=late).contains(&early) && late <= 1.0);
+        }
+    }
+}

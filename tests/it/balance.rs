@@ -1,0 +1,254 @@
+//! Requests go to several endpoints: by weight, by what is in flight, by a key; and around those that fail.
+
+use std::collections::HashMap;
+
+use futures_util::future::join_all;
+use serde_json::{Value, json};
+use tokio::{net::TcpListener, task::JoinSet, time::Duration};
+
+use crate::harness::{Backend, Message, Proxy, Wire, backend::Recorder, eventually};
+
+const GET: &str = "GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n";
+const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+
+/// A file with the upstream `api` of these endpoints.
+fn file(endpoints: &[String], more: &str, rest: &str) -> String {
+    format!("upstreams: {{ api: {{ endpoints: [{}]{more} }} }}\n{rest}", endpoints.join(", "))
+}
+
+fn weighted(url: &str, weight: u32) -> String {
+    format!("{{ url: \"{url}\", weight: {weight} }}")
+}
+
+fn name(url: &str) -> &str {
+    url.trim_start_matches("http://")
+}
+
+async fn post(proxy: &Proxy, path: &str) -> Message {
+    let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n");
+    Wire::ask(proxy.admin().await, request).await
+}
+
+/// What `GET /upstreams` shows of each endpoint, by its name.
+async fn shown(proxy: &Proxy) -> HashMap<String, Value> {
+    let all = proxy.admin_get("/upstreams").await.json();
+    let endpoints = all["upstreams"][0]["endpoints"].as_array().expect("endpoints").clone();
+    endpoints.into_iter().map(|endpoint| (endpoint["endpoint"].as_str().unwrap().to_owned(), endpoint)).collect()
+}
+
+/// A backend that takes this long for each answer.
+async fn slow(after: Duration) -> (String, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let mut wire = Wire::new(stream);
+                while wire.another().await {
+                    wire.head().await;
+                    tokio::time::sleep(after).await;
+                    if wire.try_send(OK.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (url, tasks)
+}
+
+/// Asks `n` times over one connection.
+async fn ask(proxy: &Proxy, n: usize, request: &str) {
+    let mut client = proxy.connect().await;
+    for _ in 0..n {
+        client.send(request).await;
+        assert_eq!(client.answer().await.status(), 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_endpoints_share_by_their_weight() {
+    for algorithm in ["round_robin", "random", "least_requests"] {
+        let (heavy, light, none) = (Recorder::ok().await, Recorder::ok().await, Recorder::ok().await);
+        let endpoints = [weighted(&heavy.url(), 3), format!("\"{}\"", light.url()), weighted(&none.url(), 0)];
+        let proxy = Proxy::start(&file(&endpoints, &format!(", balance: {{ algorithm: {algorithm} }}"), "")).await;
+        ask(&proxy, 200, GET).await;
+        let (heavy, light) = (heavy.requests().len(), light.requests().len());
+        assert!((120..=175).contains(&heavy), "{algorithm}: {heavy} and {light} of 200");
+        assert_eq!((heavy + light, none.requests().len()), (200, 0), "{algorithm}");
+        assert_eq!(proxy.sample(r#"sidegate_balance_picks_total{upstream="api",outcome="picked"}"#).await, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_section_all_endpoints_are_asked() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let proxy = Proxy::start(&file(&[one.url(), other.url()], "", "")).await;
+    ask(&proxy, 60, GET).await;
+    assert!(one.requests().len() > 10 && other.requests().len() > 10);
+    let effective = proxy.admin_get("/config").await.json()["effective"].clone();
+    assert_eq!(effective["upstreams"]["api"]["balance"]["algorithm"], "least_requests", "{effective}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_goes_to_one_endpoint_and_who_has_none_to_any() {
+    let backends = [Recorder::ok().await, Recorder::ok().await, Recorder::ok().await];
+    let endpoints: Vec<_> = backends.iter().map(Recorder::url).collect();
+    let hash = ", balance: { algorithm: hash, hash: \"header:x-session-id\" }";
+    let proxy = Proxy::start(&file(&endpoints, hash, "")).await;
+    for session in 0..30 {
+        ask(&proxy, 3, &format!("GET / HTTP/1.1\r\nhost: sidegate.test\r\nx-session-id: s{session}\r\n\r\n")).await;
+    }
+    let mut homes: HashMap<String, usize> = HashMap::new();
+    for (n, backend) in backends.iter().enumerate() {
+        let requests = backend.requests();
+        assert!(!requests.is_empty(), "each endpoint has some");
+        for request in requests {
+            let session = request.head.get("x-session-id").unwrap().to_owned();
+            assert_eq!(*homes.entry(session.clone()).or_insert(n), n, "{session} has moved");
+        }
+    }
+    assert_eq!(homes.len(), 30);
+    ask(&proxy, 5, GET).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_endpoint_gets_less() {
+    for algorithm in ["least_requests", "peak_ewma"] {
+        let fast = Recorder::ok().await;
+        let (url, _slow) = slow(Duration::from_millis(150)).await;
+        let balance = format!(", balance: {{ algorithm: {algorithm} }}");
+        let proxy = Proxy::start(&file(&[url.clone(), fast.url()], &balance, "")).await;
+        join_all((0..4).map(|_| ask(&proxy, 25, GET))).await;
+        let fast = fast.requests().len();
+        assert!(fast > 75, "{algorithm}: {fast} of 100");
+        let shown = shown(&proxy).await;
+        let (slow, fast) = (&shown[name(&url)]["first_byte_ms"], shown.len());
+        assert!(fast == 2 && (slow.is_null() || slow.as_f64().unwrap() >= 100.0), "{shown:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_is_in_flight_until_it_ends_or_its_client_leaves() {
+    let (one, other) = (Backend::start().await, Backend::nowhere().await);
+    let endpoints = [one.url(), weighted(&other, 0)];
+    let proxy = Proxy::start(&file(&endpoints, "", "")).await;
+    let series = format!("sidegate_endpoint_in_flight{{upstream=\"api\",endpoint=\"{}\"}}", name(&one.url()));
+    for ends in [true, false] {
+        let mut client = proxy.connect().await;
+        client.send(GET).await;
+        let (mut upstream, _) = one.accept_head().await;
+        upstream.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n").await;
+        client.head().await;
+        assert_eq!(proxy.sample(&series).await, 1);
+        assert_eq!(shown(&proxy).await[name(&one.url())]["in_flight"], 1);
+        if ends {
+            upstream.send("0\r\n\r\n").await;
+        } else {
+            drop(client);
+        }
+        eventually("the end", async || proxy.sample(&series).await == 0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_fails_is_made_again_elsewhere() {
+    let (there, gone) = (Recorder::ok().await, Backend::nowhere().await);
+    let retry = "defaults: { retry: { budget: { min_in_flight: 100 } } }";
+    let balance = ", balance: { algorithm: round_robin }";
+    let proxy = Proxy::start(&file(&[gone, there.url()], balance, retry)).await;
+    ask(&proxy, 20, GET).await;
+    ask(&proxy, 10, "POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 0\r\n\r\n").await;
+    assert_eq!(there.requests().len(), 30);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_breaker_is_passed_over_and_all_of_them_are_told_of() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let breaker = ", circuit_breaker: {}, balance: { algorithm: round_robin }";
+    let proxy = Proxy::start(&file(&[one.url(), other.url()], breaker, "")).await;
+    let opened = post(&proxy, &format!("/circuit-breakers/api/open?endpoint={}", name(&one.url()))).await;
+    assert_eq!(opened.status(), 200, "{}", opened.text());
+    ask(&proxy, 10, GET).await;
+    assert_eq!((one.requests().len(), other.requests().len()), (0, 10));
+    assert_eq!(shown(&proxy).await[name(&one.url())]["circuit_breaker"], "open");
+    assert_eq!(post(&proxy, "/circuit-breakers/api/open").await.status(), 200);
+    let refused = proxy.get("/").await;
+    assert_eq!((refused.status(), refused.json()["type"].clone()), (503, json!("urn:sidegate:problem:circuit-open")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_is_drained_over_reloads_until_it_is_put_back() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let endpoints = [one.url(), other.url()];
+    let proxy = Proxy::start(&file(&endpoints, "", "")).await;
+    for (path, status) in [
+        ("/upstreams/api/drain".to_owned(), 400),
+        ("/upstreams/api/drain?endpoint=nobody:1".to_owned(), 404),
+        (format!("/upstreams/other/drain?endpoint={}", name(&one.url())), 404),
+        (format!("/upstreams/api/drain?endpoint={}", name(&one.url())), 200),
+    ] {
+        let answer = post(&proxy, &path).await;
+        assert_eq!(answer.status(), status, "{path}: {}", answer.text());
+    }
+    ask(&proxy, 10, GET).await;
+    // Another weight makes another balancer, of the same endpoints.
+    proxy.rewrite(&file(&[weighted(&one.url(), 5), other.url()], "", ""));
+    assert_eq!(post(&proxy, "/reload").await.status(), 200);
+    ask(&proxy, 10, GET).await;
+    assert_eq!((one.requests().len(), other.requests().len()), (0, 20));
+    let shown = shown(&proxy).await;
+    let shown = &shown[name(&one.url())];
+    assert_eq!((&shown["drained"], &shown["weight"], &shown["health"]), (&json!(true), &json!(5), &json!("up")));
+
+    assert_eq!(post(&proxy, &format!("/upstreams/api/undrain?endpoint={}", name(&one.url()))).await.status(), 200);
+    ask(&proxy, 20, GET).await;
+    assert!(!one.requests().is_empty());
+    let both = [one.url(), other.url()].map(|url| weighted(&url, 0));
+    proxy.rewrite(&file(&both, "", ""));
+    assert_eq!(post(&proxy, "/reload").await.status(), 409, "nobody would be asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_all_endpoints_drained_there_is_none() {
+    let one = Backend::start().await;
+    let proxy = Proxy::start(&file(&[one.url()], ", balance: {}", "")).await;
+    assert_eq!(post(&proxy, &format!("/upstreams/api/drain?endpoint={}", name(&one.url()))).await.status(), 200);
+    let refused = proxy.get("/").await;
+    let kind = refused.json()["type"].clone();
+    assert_eq!((refused.status(), kind), (503, json!("urn:sidegate:problem:no-healthy-endpoint")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_belongs_to_an_endpoint_goes_with_it() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let proxy = Proxy::start(&file(&[one.url(), other.url()], "", "")).await;
+    ask(&proxy, 10, GET).await;
+    let url = one.url();
+    let metrics = async || proxy.admin_get("/metrics").await.text();
+    assert!(metrics().await.contains(name(&url)));
+    proxy.rewrite(&file(&[other.url(), weighted(&other.url().replace("127.0.0.1", "127.0.0.2"), 0)], "", ""));
+    assert_eq!(post(&proxy, "/reload").await.status(), 200);
+    ask(&proxy, 10, GET).await;
+    assert!(!metrics().await.contains(name(&url)), "no series is left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_name_is_looked_up_and_each_address_is_an_endpoint() {
+    let backend = Recorder::ok().await;
+    let port = backend.url().rsplit_once(':').unwrap().1.to_owned();
+    let endpoint = format!("\"http://localhost:{port}\"");
+    let proxy = Proxy::start(&file(&[endpoint], ", balance: { resolve: 1s }", "")).await;
+    proxy.line("endpoints changed").await;
+    let shown = shown(&proxy).await;
+    let found = &shown[&format!("127.0.0.1:{port}")];
+    assert_eq!(found["origin"], format!("http://localhost:{port}"), "{shown:?}");
+    assert!(proxy.sample(r#"sidegate_balance_lookups_total{upstream="api",outcome="resolved"}"#).await >= 1);
+    // Where there is IPv6 the name has two addresses, and nobody listens on the other one.
+    if shown.len() == 1 {
+        ask(&proxy, 5, GET).await;
+        assert_eq!(backend.requests().len(), 5);
+    }
+}
