@@ -337,10 +337,12 @@ impl Roster for Of {
             (Some(dial), Address::Tcp { tls, .. }) => Address::Tcp { tls: *tls, authority: dial.to_string().parse()? },
             (_, url) => url.clone(),
         };
+        let key = (self.upstream.clone(), address.clone());
+        // One that was the only one so far is nothing new.
+        let added = self.live.running.load(Ordering::Relaxed) && !lock(&self.live.clients).contains_key(&key);
         let client = self.live.client(&self.upstream, self.client.clone(), &address, &entry.url, dial)?;
         let mut endpoints = lock(&self.live.endpoints);
-        let endpoint = endpoints.entry((self.upstream.clone(), address.clone())).or_insert_with(|| {
-            let added = self.live.running.load(Ordering::Relaxed);
+        let endpoint = endpoints.entry(key).or_insert_with(|| {
             Arc::new(Endpoint::new(&self.upstream, &address.to_string(), added, &self.live.metrics))
         });
         let endpoint = endpoint.clone();

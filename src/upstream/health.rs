@@ -473,10 +473,8 @@ mod tests {
     async fn it_takes_some_in_a_row_to_go_and_some_to_come_back() {
         let (active, now) = (Active::default(), Instant::now());
         let mut health = Health::default();
-        let changes: Vec<_> = "xx.xxx.x..."
-            .chars()
-            .map(|checked| health.checked((checked == 'x').then(error), &active, now))
-            .collect();
+        let changes: Vec<_> =
+            "xx.xxx.x...".chars().map(|checked| health.checked((checked == 'x').then(error), &active, now)).collect();
         let mut expected = vec![None; 11];
         expected[5] = Some(Change::Down(error()));
         expected[9] = Some(Change::Up);

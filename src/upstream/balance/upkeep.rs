@@ -230,7 +230,94 @@ async fn check(member: Member, checker: Checker) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::sync::{Mutex, PoisonError};
+
+    use super::{
+        super::{Config, Endpoint},
+        *,
+    };
+    use crate::{
+        config::units::Toggle,
+        telemetry::Metrics,
+        upstream::{Client, client},
+    };
+
+    /// Makes members as they come, and notes who was left after each change.
+    #[derive(Default)]
+    struct Plain {
+        metrics: Metrics,
+        settled: Mutex<Vec<Vec<String>>>,
+    }
+
+    impl Roster for Plain {
+        fn member(&self, entry: &Entry, dial: Option<SocketAddr>) -> Result<Member, BoxError> {
+            let address = match dial {
+                Some(dial) => Address::Tcp { tls: false, authority: dial.to_string().parse()? },
+                None => entry.url.clone(),
+            };
+            let client = Client::dialling("api", &entry.url, dial, &client::Config::default(), &self.metrics)?;
+            let endpoint = Arc::new(Endpoint::new("api", &address.to_string(), false, &self.metrics));
+            Ok(Member { endpoint, weight: entry.weight, address, origin: entry.url.clone(), dial, client })
+        }
+
+        fn checker(&self, _: &Member) -> Result<Option<Checker>, BoxError> {
+            Ok(None)
+        }
+
+        fn settle(&self, members: &[Member]) {
+            self.settled.lock().unwrap_or_else(PoisonError::into_inner).push(names(members));
+        }
+    }
+
+    fn names(members: &[Member]) -> Vec<String> {
+        members.iter().map(|member| member.endpoint.name().to_string()).collect()
+    }
+
+    /// A name server that says something else each time: one address, two, none, nothing, and then two others.
+    fn fickle(host: &str, port: u16) -> Lookup {
+        static ASKED: Mutex<usize> = Mutex::new(0);
+        assert_eq!((host, port), ("backend", 8000));
+        let mut asked = ASKED.lock().unwrap();
+        *asked += 1;
+        let answer = match *asked {
+            1 => Ok(vec![[10, 0, 0, 1]]),
+            2 => Ok(vec![[10, 0, 0, 2], [10, 0, 0, 1], [10, 0, 0, 2]]),
+            3 => Ok(Vec::new()),
+            4 => Err(io::Error::other("no such name")),
+            5 => return Box::pin(std::future::pending()),
+            _ => Ok(vec![[10, 0, 0, 4], [10, 0, 0, 3]]),
+        };
+        let found = answer.map(|found| found.into_iter().map(|ip| SocketAddr::from((ip, 8000))).collect());
+        Box::pin(async move { found })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_is_followed_and_what_is_not_known_changes_nothing() {
+        let roster = Arc::new(Plain::default());
+        let entries: Vec<Entry> =
+            ["http://backend:8000", "unix:/a.sock"].map(|url| Entry::from(url.parse::<Address>().unwrap())).into();
+        let members = entries.iter().map(|entry| roster.member(entry, None).unwrap()).collect();
+        let config = Config { resolve: Toggle::On(HumanDuration::from_secs(30)), ..Config::default() };
+        let balancer = Arc::new(Balancer::new("api", config, None, members, &roster.metrics));
+        let upkeep = Upkeep::start(balancer.clone(), entries, roster.clone(), fickle);
+        let mut seen = Vec::new();
+        for _ in 0..7 {
+            sleep(Duration::from_secs(15)).await;
+            seen.push(names(&balancer.members()));
+            sleep(Duration::from_secs(15)).await;
+        }
+        let with_socket = |ips: &[&str]| -> Vec<String> {
+            let ips = ips.iter().map(|ip| format!("{ip}:8000"));
+            ips.chain(["unix:/a.sock".to_owned()]).collect()
+        };
+        let (one, two) = (with_socket(&["10.0.0.1"]), with_socket(&["10.0.0.1", "10.0.0.2"]));
+        let others = with_socket(&["10.0.0.3", "10.0.0.4"]);
+        assert_eq!(seen, [&one, &two, &two, &two, &two, &others, &others].map(Clone::clone));
+        assert_eq!(*roster.settled.lock().unwrap(), [one, two, others]);
+        drop(upkeep);
+        tokio::task::yield_now().await;
+        assert_eq!(Arc::strong_count(&balancer), 1, "its tasks end with it");
+    }
 
     #[test]
     fn only_names_are_looked_up() {
