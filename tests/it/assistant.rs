@@ -15,6 +15,11 @@ struct System {
 
 /// The system as its file has it, on other ports and with less patience.
 async fn system() -> System {
+    checked_every("5s").await
+}
+
+/// The same, with checks of health as often as this.
+async fn checked_every(interval: &str) -> System {
     let (assistant, ollama) = tokio::join!(Fastapi::app("assistant", 0, &[]), Fastapi::app("ollama", 0, &[]));
     let file = example(
         "assistant.yaml",
@@ -27,6 +32,7 @@ async fn system() -> System {
             ("idle: 30s", "idle: 700ms"),
             ("heartbeat: 10s", "heartbeat: 200ms"),
             ("recovery: 5s", "recovery: 1s"),
+            ("interval: 5s", &format!("interval: {interval}, jitter: 0s")),
         ],
     );
     System { assistant, ollama, proxy: Proxy::start(&file).await }
@@ -239,4 +245,27 @@ async fn ollama_is_never_asked_for_more_than_it_computes_at_once() {
     }
     let peak = system.ollama.ask("GET /peak HTTP/1.1\r\nhost: ollama\r\n\r\n").await.json();
     assert!((1..=4).contains(&peak.as_u64().unwrap()), "{peak} at once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_assistant_that_is_not_ready_is_not_asked() {
+    let system = checked_every("100ms").await;
+    let shows = async |health: &str| {
+        let all = system.proxy.admin_get("/health/upstreams").await.json();
+        let upstream = |name: &str| -> Value {
+            let found = all["upstreams"].as_array().unwrap().iter().find(|upstream| upstream["upstream"] == name);
+            found.expect("the upstream is shown")["endpoints"][0]["health"].clone()
+        };
+        (upstream("assistant"), upstream("ollama")) == (health.into(), "up".into())
+    };
+    set_mode(&system.assistant, "loading").await;
+    eventually("the assistant to be found not ready", async || shows("down").await).await;
+    let answer = system.ask("early").await;
+    assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from Ollama."));
+    let spared = r#"sidegate_fallbacks_total{route="ask",from="assistant",to="ollama",reason="no-healthy-endpoint"}"#;
+    assert_eq!(system.proxy.sample(spared).await, 1);
+
+    set_mode(&system.assistant, "ok").await;
+    eventually("the assistant to be found ready", async || shows("up").await).await;
+    assert_eq!(tokens(&system.ask("ready").await.text()), "Hello from the assistant.");
 }
