@@ -156,7 +156,7 @@ async fn a_stream_is_in_flight_until_it_ends_or_its_client_leaves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_fails_is_made_again_elsewhere() {
     let (there, gone) = (Recorder::ok().await, Backend::nowhere().await);
-    let retry = "defaults: { retry: { budget: { min_in_flight: 100 } } }";
+    let retry = "defaults: { retry: { budget: { floor: 100 } } }";
     let balance = ", balance: { algorithm: round_robin }";
     let proxy = Proxy::start(&file(&[gone, there.url()], balance, retry)).await;
     ask(&proxy, 20, GET).await;

@@ -29,8 +29,7 @@ async fn comes(client: &mut Wire, expected: &str) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_fails_before_its_first_event_is_asked_again() {
     let backend = Backend::start().await;
-    let yaml =
-        "defaults: { retry: { on: [reset, timeout], budget: { min_in_flight: 9 } }, timeouts: { first_byte: 300ms } }";
+    let yaml = "defaults: { retry: { on: [reset, timeout], budget: { floor: 9 } }, timeouts: { first_byte: 300ms } }";
     let proxy = Proxy::before(&backend.url(), yaml).await;
     for failure in ["end", "reset", "error event", "error object", "silence"] {
         let mut client = proxy.connect().await;
