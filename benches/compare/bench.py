@@ -32,6 +32,8 @@ ROOT = HERE.parent.parent
 TARGET = HERE / "target"
 RESULTS = HERE / "results"
 DEFAULT_PEERS = "nginx,nginx-log,haproxy"
+# Those that come from this repository, and are measured where they are asked for.
+OWN_PEERS = ("hyper-min", "resilient")
 TICK = os.sysconf("SC_CLK_TCK")
 # A core that other programs took this much of disturbs a round.
 MAX_OTHER = 0.15
@@ -205,6 +207,7 @@ def kinds(sidegates: dict[str, str], hyper_min: str) -> dict[str, Kind]:
     nginx = ["nginx", "-p", "{tmp}", "-c", "{config}"]
     every = [
         *(Kind(name, [path, "run", "{config}"], "sidegate.yaml", one_port=True) for name, path in sidegates.items()),
+        Kind("resilient", [sidegates["sidegate"], "run", "{config}"], "resilient.yaml", one_port=True),
         Kind("nginx", nginx, "nginx.conf", (("{log}", "access_log off"),)),
         Kind("nginx-log", nginx, "nginx.conf", (("{log}", "access_log {tmp}/access.log line buffer=64k flush=1s"),)),
         Kind("haproxy", ["haproxy", "-db", "-f", "{config}"], "haproxy.cfg"),
@@ -654,7 +657,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--secs", type=int, default=2, help="seconds of each round (default 2)")
     parser.add_argument("--first", action="store_true", help="before all other programs (nice -19; root only): on a machine that does something else besides")
     parser.add_argument("--only", default=",".join(names), metavar="LIST", help="of " + ",".join(names))
-    parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="LIST", help=f"of {DEFAULT_PEERS},hyper-min, or empty (default {DEFAULT_PEERS})")
+    parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="LIST", help=f"of {DEFAULT_PEERS},{','.join(OWN_PEERS)}, or empty (default {DEFAULT_PEERS})")
     parser.add_argument("--sidegate", metavar="PATH", help="a program that is already built, instead of this checkout's release build")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=PATH", help="one more sidegate in the same run, such as the build before a change")
     options = parser.parse_args()
@@ -662,7 +665,7 @@ def arguments() -> argparse.Namespace:
     options.peers = [name for name in options.peers.split(",") if name]
     if unknown := set(options.only) - set(names):
         parser.error(f"no scenario {', '.join(sorted(unknown))}")
-    if unknown := set(options.peers) - {*DEFAULT_PEERS.split(","), "hyper-min"}:
+    if unknown := set(options.peers) - {*DEFAULT_PEERS.split(","), *OWN_PEERS}:
         parser.error(f"no peer {', '.join(sorted(unknown))}")
     if any("=" not in pair for pair in options.also):
         parser.error("--also wants NAME=PATH")
@@ -703,7 +706,7 @@ def main() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, -19)  # what is started from here on has it too
 
     skipped = []
-    peers = [p for p in options.peers if p == "hyper-min" or shutil.which(p.split("-")[0])]
+    peers = [p for p in options.peers if p in OWN_PEERS or shutil.which(p.split("-")[0])]
     if missing := sorted({p.split("-")[0] for p in set(options.peers) - set(peers)}):
         skipped.append(f"not installed, and so not measured: {', '.join(missing)}")
     names = [*sidegates, *peers]
@@ -734,7 +737,7 @@ def main() -> None:
             end(bench.upstream)
 
     columns = [*names, *(["direct"] if any("direct" in figures for _, _, figures in sections) else [])]
-    lines, passed, missed = table(sections, columns, ["nginx", "nginx-log", *list(sidegates)[1:]])
+    lines, passed, missed = table(sections, columns, ["nginx", "nginx-log", "resilient", *list(sidegates)[1:]])
     report = [*facts(bench, names, sidegates), "", *lines, "", f"{passed} bars passed, {missed} missed."]
     if bench.disturbed:
         bench.notes.append(

@@ -20,6 +20,7 @@ mod floors;
 mod forwarded;
 mod health;
 mod reload;
+mod resilience;
 mod retry;
 mod robustness;
 mod routing;

@@ -7,6 +7,7 @@ use std::{
     thread,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader};
 use tokio::sync::mpsc;
 
@@ -65,6 +66,11 @@ impl Fastapi {
     /// Where another one may take its place.
     pub fn port(&self) -> u16 {
         self.address.port()
+    }
+
+    /// Sends the process a signal: STOP hangs it, KILL ends it with all its connections.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("the process is there");
     }
 
     /// Asks the application itself, past the proxy.

@@ -197,8 +197,7 @@ async fn connection(mut io: TcpStream, state: Shared, answers: Rc<Answers>) -> i
     }
 }
 
-async fn serve(listener: TcpListener) {
-    let (state, answers) = (Shared::default(), Rc::new(Answers::new()));
+async fn serve(listener: TcpListener, state: Shared, answers: Rc<Answers>) {
     loop {
         match listener.accept().await {
             // How a connection ends is the peer's business, and the next one is no worse for it.
@@ -215,10 +214,16 @@ fn main() -> io::Result<()> {
         .ok_or_else(|| io::Error::other("usage: upstream PORT"))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        let socket = TcpSocket::new_v4()?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(([127, 0, 0, 1], port).into())?;
-        serve(socket.listen(4096)?).await;
+        let (state, answers) = (Shared::default(), Rc::new(Answers::new()));
+        let listen = |last| {
+            let socket = TcpSocket::new_v4()?;
+            socket.set_reuseaddr(true)?;
+            socket.bind(([127, 0, 0, last], port).into())?;
+            socket.listen(4096)
+        };
+        // The same on a second address, for those that want two endpoints.
+        drop(spawn_local(serve(listen(2)?, state.clone(), answers.clone())));
+        serve(listen(1)?, state, answers).await;
         Ok(())
     })
 }
