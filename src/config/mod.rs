@@ -5,11 +5,13 @@ pub mod failure;
 pub mod fields;
 pub mod load;
 pub mod problem;
+pub mod rate;
 pub mod units;
 
 pub use self::{
     failure::Failure,
     load::{Sources, Tree},
     problem::{Check, Problem, Problems},
+    rate::Rate,
     units::{ByteSize, HumanDuration, OneOrMany, Secret, Toggle},
 };

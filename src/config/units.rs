@@ -3,7 +3,14 @@
 //! Each parser says what would have been right, and none panics, whatever the text.
 
 use std::{
-    borrow::Cow, env, fmt, fs::File, io::Read, marker::PhantomData, path::PathBuf, str::FromStr, time::Duration,
+    borrow::Cow,
+    env, fmt,
+    fs::File,
+    io::Read,
+    marker::PhantomData,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
 };
 
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -306,6 +313,12 @@ impl JsonSchema for ByteSize {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParseError(String);
 
+impl ParseError {
+    pub(super) fn new(message: String) -> Self {
+        Self(message)
+    }
+}
+
 impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -603,6 +616,15 @@ impl Secret {
     #[must_use]
     pub fn literal(text: impl Into<String>) -> Self {
         Self(Source::Literal(text.into()))
+    }
+
+    /// The file that it is read from, if it is.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match &self.0 {
+            Source::File(path) => Some(path),
+            Source::Literal(_) | Source::Env(_) => None,
+        }
     }
 
     /// What may be shown of it, in the form of the configuration. A text is [`REDACTED`](Self::REDACTED).
