@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use clap::{Args, Parser, Subcommand};
@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     config::{Problems, load::Sources},
     demo::Demo,
+    layers::auth::api_key::NewKey,
     message::BoxError,
     server,
     settings::Settings,
@@ -75,8 +76,33 @@ enum Command {
     },
     /// Print the JSON Schema of the configuration file
     Schema,
+    /// API keys
+    #[command(subcommand)]
+    Key(Key),
     /// Run a small backend that streams as OpenAI's API does, and sidegate before it
     Demo(DemoPorts),
+}
+
+#[derive(Debug, Subcommand)]
+enum Key {
+    /// Make an API key: prints it, this once, and the line for the file of `auth.api_keys`
+    New(NewKeyArgs),
+}
+
+#[derive(Debug, Args)]
+struct NewKeyArgs {
+    /// Whose it is: what logs, limits and the backend call its user. Several keys may have the same
+    #[arg(long)]
+    id: String,
+    /// What kind of user that is, for limits and the backend
+    #[arg(long)]
+    tier: Option<String>,
+    /// The only routes that it is for, by their names, with `,` between them [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "NAME,...")]
+    routes: Vec<String>,
+    /// When it ends: a day, a time or a duration, as in 2031-01-31, 2031-01-31T12:00:00Z or 90d [default: never]
+    #[arg(long, value_name = "WHEN")]
+    expires: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -150,6 +176,7 @@ pub fn main() -> ExitCode {
         Some(Command::Run { file: path, ports }) => run(&ports.over(file(path))),
         Some(Command::Check { file: path }) => check(&file(path)),
         Some(Command::Schema) => say(&format!("{:#}\n", Settings::schema().as_value())),
+        Some(Command::Key(Key::New(new))) => new_key(&new),
         Some(Command::Demo(DemoPorts { listen, admin })) => demo(Ports { listen, admin }.over(environment)),
     }
 }
@@ -174,6 +201,20 @@ fn check(sources: &Sources) -> ExitCode {
             say(&format!("{file}: ok ({listeners}, {routes}, {upstreams})\n"))
         }
         Err(problems) => refuse(&problems),
+    }
+}
+
+fn new_key(new: &NewKeyArgs) -> ExitCode {
+    let NewKeyArgs { id, tier, routes, expires } = new;
+    match NewKey::make(id, tier.as_deref(), routes, expires.as_deref(), SystemTime::now()) {
+        // The last line is the one for the file, so that `| tail -n 1 >> keys` puts it there.
+        Ok(NewKey { key, line }) => say(&format!(
+            "# The key, for its user. It is shown this once.\n{key}\n# The line for the file, which does not tell the key.\n{line}\n"
+        )),
+        Err(message) => {
+            complain(&format!("sidegate: {message}"));
+            BAD_USAGE.into()
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use http::HeaderValue;
 
 use crate::{
     layers::{
+        auth,
         circuit_breaker::{self, Breaker},
         concurrency::{self, Limiter, Scope},
         hygiene::pseudonym,
@@ -38,6 +39,7 @@ pub struct Registry {
     budgets: Mutex<HashMap<String, Budget>>,
     limiters: Mutex<HashMap<(Scope, String), Arc<Limiter>>>,
     balancers: Mutex<HashMap<String, Balancers>>,
+    auth: auth::State,
 }
 
 /// An endpoint of an upstream, by the upstream's name.
@@ -102,7 +104,15 @@ impl Registry {
             running: AtomicBool::new(false),
         };
         let (live, via) = (Arc::new(live), pseudonym());
-        Self { log, via, live, budgets: Mutex::default(), limiters: Mutex::default(), balancers: Mutex::default() }
+        Self {
+            log,
+            via,
+            live,
+            budgets: Mutex::default(),
+            limiters: Mutex::default(),
+            balancers: Mutex::default(),
+            auth: auth::State::default(),
+        }
     }
 
     /// The samples.
@@ -121,6 +131,12 @@ impl Registry {
     #[must_use]
     pub fn via(&self) -> &HeaderValue {
         &self.via
+    }
+
+    /// Who failed to say who it is, and the keys of others.
+    #[must_use]
+    pub fn auth(&self) -> &auth::State {
+        &self.auth
     }
 
     /// The client of an endpoint: the one that there is, with its connections, unless its settings changed.

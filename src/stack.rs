@@ -19,6 +19,7 @@ use crate::{
     config::{HumanDuration, Toggle},
     layers::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
+        auth::AuthLayer,
         body_limit::BodyLimitLayer,
         circuit_breaker::{Breaker, CircuitBreakerLayer},
         concurrency::{ConcurrencyLayer, Limiter, Scope},
@@ -72,11 +73,15 @@ impl Stack {
             let upstream = upstreams.find(&own.upstream).map_err(|error| place("upstream", &own.upstream, error))?;
             let limit = upstreams.policies.concurrency.as_ref();
             let limit = limit.map(|config| registry.limiter(Scope::Route, &own.name(), config));
+            let auth = upstreams.policies.auth.as_ref();
+            let auth = auth.map(|config| AuthLayer::build(config, &own.name(), registry.auth(), registry.metrics()));
+            let auth = auth.transpose().map_err(|error| place("auth", &own.name(), error))?;
+            let gates = Gates { auth, limit };
             let service = match upstream {
-                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, limit, None, respond),
+                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, gates, None, respond),
                 Kind::Backend(backend) => {
                     let fallback = upstreams.fallback(own).map_err(|(name, error)| place("fallback", name, error))?;
-                    route(own, &upstreams.policies, settings, limit, fallback, backend)
+                    route(own, &upstreams.policies, settings, gates, fallback, backend)
                 }
             };
             let target = Target {
@@ -170,12 +175,18 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
         .service(routes)
 }
 
+/// What a request has to pass before a route's upstreams are asked, as far as it outlives a configuration.
+struct Gates {
+    auth: Option<AuthLayer>,
+    limit: Option<Arc<Limiter>>,
+}
+
 /// Around the upstreams of one route.
 fn route<S: Endpoint>(
     own: &Route,
     policies: &Defaults,
     settings: &Settings,
-    limit: Option<Arc<Limiter>>,
+    gates: Gates,
     fallback: Option<FallbackLayer>,
     upstream: S,
 ) -> HttpService {
@@ -200,12 +211,14 @@ fn route<S: Endpoint>(
             // Preflights are answered here, before anything costs.
             .option_layer(cors)
             .option_layer(errors)
+            // Before anything is done or counted for whoever it is.
+            .option_layer(gates.auth)
             .option_layer(heartbeat)
             .option_layer(sse_error_event)
             .option_layer(body_limit)
             .option_layer(client_body)
             // Whoever waits for a place has not begun yet.
-            .option_layer(limit.map(ConcurrencyLayer::new))
+            .option_layer(gates.limit.map(ConcurrencyLayer::new))
             .option_layer(deadline)
             // Inside the deadline, which runs on from one upstream to the next.
             .option_layer(fallback)

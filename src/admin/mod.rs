@@ -422,7 +422,15 @@ fn redact_entry(key: String, value: Value, within_json: bool) -> (String, Value)
         (_, Value::Object(place)) if is_secret && is_place(&place) => Value::Object(place),
         // `max_tokens` of a body.
         (_, Value::Number(number)) if within_json => Value::Number(number),
+        // A section, not a key.
+        ("api_keys", Value::Object(section)) => redact(Value::Object(section)),
         (_, _) if is_secret => Secret::REDACTED.into(),
+        ("jwt", Value::Object(mut jwt)) => {
+            if let Some(key) = jwt.get_mut("key").filter(|key| !key.is_object()) {
+                *key = Secret::REDACTED.into();
+            }
+            redact(Value::Object(jwt))
+        }
         ("match", Value::Object(mut of)) => {
             if let Some(Value::Object(headers)) = of.get_mut("headers") {
                 headers.values_mut().for_each(|value| *value = Secret::REDACTED.into());

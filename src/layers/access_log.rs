@@ -309,6 +309,7 @@ impl Drop for Entry {
             request_id: asked.request_id.as_ref().and_then(text),
             session_id: asked.session_id.as_ref().and_then(text),
             trace_id: asked.traceparent.as_ref().and_then(trace_id),
+            principal: facts.principal.as_deref(),
             client_ip: facts.client_ip,
             method: asked.method.as_str(),
             path: asked.uri.path(),
@@ -336,6 +337,7 @@ struct Line<'a> {
     request_id: Option<&'a str>,
     session_id: Option<&'a str>,
     trace_id: Option<&'a str>,
+    principal: Option<&'a str>,
     client_ip: Option<IpAddr>,
     method: &'a str,
     path: &'a str,
@@ -365,6 +367,7 @@ impl Line<'_> {
         field(out, "request_id", self.request_id);
         field(out, "session_id", self.session_id);
         field(out, "trace_id", self.trace_id);
+        field(out, "principal", self.principal);
         if let Some(ip) = self.client_ip {
             key(out, "client_ip");
             address(out, ip);
@@ -404,6 +407,7 @@ impl Line<'_> {
             ("route", self.route),
             ("endpoint", self.endpoint),
             ("id", self.request_id),
+            ("principal", self.principal),
             ("aborted_by", self.aborted_by),
             ("error", self.error),
             ("cause", self.cause),

@@ -32,7 +32,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderName, HeaderValue, Request, Response, StatusCode,
-    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
@@ -194,6 +194,9 @@ impl About {
             // Rounded up: who comes at that second must not be told to wait once more.
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        if let Some(challenge) = found.and_then(Error::challenge) {
+            headers.insert(WWW_AUTHENTICATE, challenge.clone());
         }
         if self.http1 && kind.closes_connection() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -13,6 +13,7 @@
 //! | [`cors`] | | |
 //! | [`heartbeat`] | | |
 //! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
+//! | [`auth`] | `Principal`, `Exchange` (principal) | `Exchange` (client address), `Connection` |
 //! | [`body_limit`] | | |
 //! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
 //! | [`deadline`] | `Deadline` | |
@@ -23,6 +24,7 @@
 //! | [`timeouts`] | `TunnelIdle` | `Exchange` (bytes received) |
 
 pub mod access_log;
+pub mod auth;
 pub mod body_limit;
 pub mod circuit_breaker;
 pub mod concurrency;

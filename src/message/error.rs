@@ -2,7 +2,7 @@
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode};
 
 /// What a layer returns when it does not answer: usually an [`Error`], possibly inside a wrapping of its own.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
@@ -16,18 +16,26 @@ pub struct Error {
     kind: Kind,
     source: Option<BoxError>,
     retry_after: Option<Duration>,
+    challenge: Option<HeaderValue>,
 }
 
 impl Error {
     /// An error whose cause is `source`.
     pub fn new(kind: Kind, source: impl Into<BoxError>) -> Self {
-        Self { kind, source: Some(source.into()), retry_after: None }
+        Self { kind, source: Some(source.into()), retry_after: None, challenge: None }
     }
 
     /// The same, saying when it is worth to ask again.
     #[must_use]
     pub fn with_retry_after(mut self, after: Duration) -> Self {
         self.retry_after = Some(after);
+        self
+    }
+
+    /// The same, saying in `WWW-Authenticate` which credentials would do (RFC 9110 §11.6.1).
+    #[must_use]
+    pub fn with_challenge(mut self, challenge: HeaderValue) -> Self {
+        self.challenge = Some(challenge);
         self
     }
 
@@ -41,6 +49,12 @@ impl Error {
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         self.retry_after
+    }
+
+    /// What `WWW-Authenticate` says, where it is asked for.
+    #[must_use]
+    pub fn challenge(&self) -> Option<&HeaderValue> {
+        self.challenge.as_ref()
     }
 
     /// The `Error` in a chain of sources, however it was wrapped.
@@ -70,7 +84,7 @@ impl Error {
 
 impl From<Kind> for Error {
     fn from(kind: Kind) -> Self {
-        Self { kind, source: None, retry_after: None }
+        Self { kind, source: None, retry_after: None, challenge: None }
     }
 }
 
@@ -114,6 +128,14 @@ pub enum Kind {
     LoopDetected,
     /// No route matches.
     NoRoute,
+    /// The request has no credential that is valid.
+    Unauthorized,
+    /// The credential is valid, and not for this route.
+    Forbidden,
+    /// The client asks, or guesses, too often.
+    RateLimited,
+    /// What credentials are verified with cannot be had.
+    AuthUnavailable,
     /// The request's body is larger than the route allows.
     BodyTooLarge,
     /// The client was silent for `client_body_idle` in the middle of its body.
@@ -158,6 +180,10 @@ impl Kind {
             Self::HeadersTooLarge => "headers-too-large",
             Self::LoopDetected => "loop-detected",
             Self::NoRoute => "no-route",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::RateLimited => "rate-limited",
+            Self::AuthUnavailable => "auth-unavailable",
             Self::BodyTooLarge => "body-too-large",
             Self::ClientTimeout => "client-timeout",
             Self::ClientReset => "client-reset",
@@ -182,11 +208,16 @@ impl Kind {
             Self::HeadersTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::LoopDetected => StatusCode::LOOP_DETECTED,
             Self::NoRoute => StatusCode::NOT_FOUND,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Forbidden => StatusCode::FORBIDDEN,
+            Self::RateLimited => StatusCode::TOO_MANY_REQUESTS,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Self::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::ConnectFailed | Self::UpstreamReset => StatusCode::BAD_GATEWAY,
             Self::UpstreamTimeout | Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-            Self::CircuitOpen | Self::NoHealthyEndpoint | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
+            Self::AuthUnavailable | Self::CircuitOpen | Self::NoHealthyEndpoint | Self::Overloaded => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Custom { status, .. } => status,
         }
@@ -201,6 +232,10 @@ impl Kind {
             Self::HeadersTooLarge => "the request has too many or too large header fields",
             Self::LoopDetected => "the request came through this proxy before",
             Self::NoRoute => "no route matches the request",
+            Self::Unauthorized => "the request has no valid credential",
+            Self::Forbidden => "the credential is not valid for this route",
+            Self::RateLimited => "too many requests",
+            Self::AuthUnavailable => "credentials cannot be verified at the moment",
             Self::BodyTooLarge => "the request body is too large",
             Self::ClientTimeout => "the request body did not arrive in time",
             Self::ClientReset => "the request body broke off",
@@ -224,10 +259,15 @@ impl Kind {
             | Self::HeadersTooLarge
             | Self::LoopDetected
             | Self::NoRoute
+            | Self::Unauthorized
+            | Self::Forbidden
+            | Self::RateLimited
             | Self::BodyTooLarge
             | Self::ClientTimeout
             | Self::ClientReset => Fault::Client,
-            Self::ConnectFailed
+            // A service that we ask, if not the backend.
+            Self::AuthUnavailable
+            | Self::ConnectFailed
             | Self::UpstreamReset
             | Self::UpstreamTimeout
             | Self::DeadlineExceeded
@@ -288,6 +328,8 @@ impl Kind {
             | Self::Custom { .. } => "http_request_error",
             Self::LoopDetected => "proxy_loop_detected",
             Self::NoRoute => "destination_not_found",
+            Self::Unauthorized | Self::Forbidden | Self::RateLimited => "http_request_denied",
+            Self::AuthUnavailable => "proxy_configuration_error",
             Self::ConnectFailed | Self::CircuitOpen | Self::NoHealthyEndpoint => "destination_unavailable",
             Self::Overloaded => "connection_limit_reached",
             Self::UpstreamReset => "http_response_incomplete",
@@ -302,19 +344,24 @@ impl Kind {
         const CANCELLED: u8 = 1;
         const UNKNOWN: u8 = 2;
         const DEADLINE_EXCEEDED: u8 = 4;
+        const PERMISSION_DENIED: u8 = 7;
         const RESOURCE_EXHAUSTED: u8 = 8;
         const UNIMPLEMENTED: u8 = 12;
         const INTERNAL: u8 = 13;
         const UNAVAILABLE: u8 = 14;
+        const UNAUTHENTICATED: u8 = 16;
         match self {
             // INTERNAL is what gRPC makes of HTTP 400.
             Self::BadRequest(_) | Self::UriTooLong | Self::HeadersTooLarge | Self::LoopDetected | Self::Internal => {
                 INTERNAL
             }
             Self::NoRoute => UNIMPLEMENTED,
-            Self::BodyTooLarge => RESOURCE_EXHAUSTED,
+            Self::Unauthorized => UNAUTHENTICATED,
+            Self::Forbidden => PERMISSION_DENIED,
+            Self::RateLimited | Self::BodyTooLarge => RESOURCE_EXHAUSTED,
             Self::ClientTimeout | Self::ClientReset => CANCELLED,
-            Self::ConnectFailed
+            Self::AuthUnavailable
+            | Self::ConnectFailed
             | Self::UpstreamReset
             | Self::CircuitOpen
             | Self::NoHealthyEndpoint

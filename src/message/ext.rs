@@ -110,6 +110,18 @@ impl Connection {
 #[derive(Debug, Clone)]
 pub struct RequestId(pub HeaderValue);
 
+/// Who asks, as its credential says.
+///
+/// Request extension. Written by `layers::auth`; read by the layers that count or keep by principal. The access log
+/// has its id from the record of the exchange.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Principal {
+    /// Who it is: the same for all credentials of one principal.
+    pub id: Arc<str>,
+    /// What kind of principal it is, for limits and exemptions.
+    pub tier: Option<Arc<str>>,
+}
+
 /// How long a tunnel (an upgraded connection) may be silent in both directions.
 ///
 /// Request extension. Written by `layers::timeouts` on requests that ask for an upgrade; read by

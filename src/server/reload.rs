@@ -1,6 +1,6 @@
 //! A new configuration without a restart.
 //!
-//! Asked for by SIGHUP, by a file whose content changed, or by `POST /reload`. The whole configuration is read,
+//! Asked for by SIGHUP, by a file whose content changed (that of the configuration, or one that it names), or by `POST /reload`. The whole configuration is read,
 //! checked and built first; only then it takes effect, in one step, for every request that arrives from then on. One
 //! that is wrong anywhere changes nothing: it is logged with all its problems, counted, and told of by `/health`.
 //!
@@ -8,6 +8,7 @@
 //! see [`RESTART`].
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     hash::{DefaultHasher, Hash, Hasher},
     io::{self, Read},
@@ -40,7 +41,7 @@ use crate::{
     telemetry::log::chain,
 };
 
-/// How often the file is looked at. What has changed is read when it then stays the same for another look, so that a
+/// How often the files are looked at. What has changed is read when it then stays the same for another look, so that a
 /// file is not read while it is being written.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// No file as large as this is a configuration.
@@ -79,7 +80,7 @@ impl Reloads {
     }
 
     async fn listen(mut self, mut hangup: Signal, mut asked: mpsc::Receiver<Asked>) {
-        let mut file = Watched::new(self.sources.file.clone());
+        let mut files = watch(self.files(), Vec::new());
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -88,20 +89,28 @@ impl Reloads {
                     self.registry.log().reopen();
                     // The outcome is logged.
                     drop(self.reload("SIGHUP").await);
+                    files = watch(self.files(), files);
                 }
                 Some(done) = asked.recv() => {
                     // Who asked may have left.
                     drop(done.send(self.reload("POST /reload").await));
+                    files = watch(self.files(), files);
                 }
                 _ = look.tick() => {
-                    let (watched, changed) = look_at(file).await;
-                    file = watched;
+                    let (watched, changed) = look_at(files).await;
+                    files = watched;
                     if changed {
                         drop(self.reload("the file changed").await);
+                        files = watch(self.files(), files);
                     }
                 }
             }
         }
+    }
+
+    /// What the configuration in force is made of: its file, and those that it names.
+    fn files(&self) -> BTreeSet<PathBuf> {
+        self.sources.file.iter().cloned().chain(self.settings.files()).collect()
     }
 
     /// Reads, checks, builds, and swaps. Answers with the number of the new configuration.
@@ -200,7 +209,7 @@ fn needs_restart(old: &Settings, new: &Settings) -> Vec<&'static str> {
 /// A file, by its content: links may be swapped and times may lie.
 #[derive(Debug)]
 struct Watched {
-    path: Option<PathBuf>,
+    path: PathBuf,
     stamp: Option<Stamp>,
     /// What the running configuration was made of, or what was refused last.
     known: Content,
@@ -218,19 +227,29 @@ enum Content {
 /// Device, inode, size, and time of modification.
 type Stamp = (u64, u64, u64, i64, i64);
 
-async fn look_at(mut file: Watched) -> (Watched, bool) {
-    if file.path.is_none() {
-        return (file, false);
+/// Watches `paths`: those that were watched as before, the others from now on.
+fn watch(paths: BTreeSet<PathBuf>, mut watched: Vec<Watched>) -> Vec<Watched> {
+    watched.retain(|file| paths.contains(&file.path));
+    let new = paths.into_iter().filter(|path| watched.iter().all(|file| file.path != *path)).collect::<Vec<_>>();
+    watched.extend(new.into_iter().map(Watched::new));
+    watched
+}
+
+/// Whether any has changed.
+async fn look_at(mut files: Vec<Watched>) -> (Vec<Watched>, bool) {
+    if files.is_empty() {
+        return (files, false);
     }
     let looked = spawn_blocking(move || {
-        let changed = file.has_changed();
-        (file, changed)
+        // Each of them is looked at.
+        let changed = files.iter_mut().filter_map(|file| file.has_changed().then_some(())).count();
+        (files, changed > 0)
     });
-    looked.await.unwrap_or_else(|_| (Watched::new(None), false))
+    looked.await.unwrap_or_default()
 }
 
 impl Watched {
-    fn new(path: Option<PathBuf>) -> Self {
+    fn new(path: PathBuf) -> Self {
         let mut new = Self { path, stamp: None, known: Content::Unreadable, found: None };
         new.stamp = new.stamp();
         new.known = new.content();
@@ -259,14 +278,13 @@ impl Watched {
     }
 
     fn stamp(&self) -> Option<Stamp> {
-        let found = std::fs::metadata(self.path.as_ref()?).ok()?;
+        let found = std::fs::metadata(&self.path).ok()?;
         Some((found.dev(), found.ino(), found.size(), found.mtime(), found.mtime_nsec()))
     }
 
     fn content(&self) -> Content {
-        let Some(path) = &self.path else { return Content::Unreadable };
         let mut text = Vec::new();
-        if File::open(path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text)).is_err() {
+        if File::open(&self.path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text)).is_err() {
             return Content::Unreadable;
         }
         let mut hasher = DefaultHasher::new();
@@ -402,7 +420,7 @@ mod tests {
     #[test]
     fn a_file_has_changed_when_its_new_content_was_seen_twice() {
         let (_folder, file) = folder("one");
-        let mut watched = Watched::new(Some(file.clone()));
+        let mut watched = Watched::new(file.clone());
         assert!(!watched.has_changed());
         fs::write(&file, "half of t").unwrap();
         assert!(!watched.has_changed());

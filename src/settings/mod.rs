@@ -10,9 +10,10 @@ pub mod listener;
 pub mod tls;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::{NonZeroU32, NonZeroUsize},
+    path::{Path, PathBuf},
 };
 
 use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::RecursiveTransform};
@@ -22,8 +23,8 @@ use serde_json::Value;
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
     layers::{
-        body_limit, circuit_breaker, concurrency, cors, errors, fallback, hygiene, request_id, retry, security_headers,
-        timeouts,
+        auth, body_limit, circuit_breaker, concurrency, cors, errors, fallback, hygiene, request_id, retry,
+        security_headers, timeouts,
     },
     route::Match,
     telemetry::log,
@@ -293,6 +294,8 @@ impl Check for Upstream {
 pub struct Defaults {
     /// Headers that tell browsers to be careful. Default: the preset `api`; `off` sets and removes none.
     pub security_headers: Toggle<security_headers::Config>,
+    /// Who may call. Default `off`: anybody.
+    pub auth: Toggle<auth::Config>,
     /// Which pages of other origins may use the API. Default `off`: what the backend says about it is passed on.
     pub cors: Toggle<cors::Config>,
     /// How long sidegate waits, for what.
@@ -314,6 +317,7 @@ impl Default for Defaults {
     fn default() -> Self {
         Self {
             security_headers: Toggle::On(security_headers::Config::default()),
+            auth: Toggle::Off,
             cors: Toggle::Off,
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
@@ -341,6 +345,9 @@ pub struct Route {
     /// Instead of `defaults.security_headers`; `off` sets and removes none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub security_headers: Option<Toggle<security_headers::Config>>,
+    /// Instead of `defaults.auth`; `off` lets anybody in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auth: Option<Toggle<auth::Config>>,
     /// Instead of `defaults.cors`; `off` leaves it to the backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cors: Option<Toggle<cors::Config>>,
@@ -372,6 +379,7 @@ impl Route {
             matches: Match::default(),
             upstream: upstream.to_owned(),
             security_headers: None,
+            auth: None,
             cors: None,
             timeouts: None,
             body_limit: None,
@@ -404,6 +412,7 @@ impl Route {
         };
         Defaults {
             security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
+            auth: self.auth.as_ref().unwrap_or(&defaults.auth).clone(),
             cors: self.cors.as_ref().unwrap_or(&defaults.cors).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
@@ -429,6 +438,13 @@ impl Settings {
         })
     }
 
+    /// The files beside the configuration's own that it is made of, which are to be watched.
+    #[must_use]
+    pub fn files(&self) -> BTreeSet<PathBuf> {
+        let auths = self.routes.iter().filter_map(|route| route.auth.as_ref()).chain([&self.defaults.auth]);
+        auths.filter_map(Toggle::as_ref).flat_map(auth::Config::files).map(Path::to_owned).collect()
+    }
+
     /// How many threads serve.
     #[must_use]
     pub fn threads(&self) -> NonZeroUsize {
@@ -446,7 +462,7 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, cors, timeouts, body_limit, concurrency, fallback, retry, errors } =
+            let Defaults { security_headers, auth, cors, timeouts, body_limit, concurrency, fallback, retry, errors } =
                 route.policies(&self.defaults);
             // A fixed answer does not fail, whatever it inherits.
             let fixed = self.is_fixed(&route.upstream);
@@ -457,6 +473,7 @@ impl Settings {
                 matches,
                 upstream,
                 security_headers: Some(security_headers),
+                auth: Some(auth),
                 cors: Some(cors),
                 timeouts: Some(Toggle::On(timeouts)),
                 body_limit: Some(body_limit),
@@ -508,6 +525,7 @@ impl Settings {
                 upstream.check(problems);
             });
         }
+        problems.at("defaults.auth", |problems| self.defaults.auth.check(problems));
         problems.at("defaults.cors", |problems| self.defaults.cors.check(problems));
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
@@ -573,6 +591,7 @@ impl Settings {
                 }
                 check_name(&route.upstream, "upstream", &upstreams, problems);
                 problems.at("match", |problems| route.matches.check(problems));
+                problems.at("auth", |problems| route.auth.iter().for_each(|auth| auth.check(problems)));
                 problems.at("cors", |problems| route.cors.iter().for_each(|cors| cors.check(problems)));
                 if let Some(concurrency) = &route.concurrency {
                     problems.at("concurrency", |problems| concurrency.check(problems));

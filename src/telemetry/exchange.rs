@@ -24,7 +24,7 @@ use crate::message::{
 
 /// What the layers learn about one request while it passes, for the log line and the samples at its end.
 ///
-/// Request extension. Written by `layers::hygiene` (client address), `route` (route), `upstream::client`
+/// Request extension. Written by `layers::hygiene` (client address), `layers::auth` (principal), `route` (route), `upstream::client`
 /// (upstream, endpoint), `layers::errors` and the bodies that cut a stream (what ended it); read by
 /// `layers::access_log` when the exchange is over, however it ended, and by `layers::errors`.
 #[derive(Debug, Clone)]
@@ -63,6 +63,8 @@ pub struct Facts {
     pub client_ip: Option<IpAddr>,
     /// Whether the client speaks to us, or to a trusted proxy before us, over TLS.
     pub https: bool,
+    /// Who asks: the id of its principal.
+    pub principal: Option<Arc<str>>,
     /// The route that matched, with its samples.
     pub route: Option<Arc<RouteMetrics>>,
     /// The upstream that the route names.

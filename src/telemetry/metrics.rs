@@ -48,6 +48,7 @@ struct Families {
     attempts: Family<Attempt, Counter>,
     retries: Family<Retried, Counter>,
     not_retried: Family<NotRetried, Counter>,
+    auth: Family<RouteOutcome, Counter>,
     fallbacks: Family<FellBack, Counter>,
     no_fallbacks: Family<NoFallback, Counter>,
     breaker_state: Family<Endpoint, Gauge>,
@@ -207,6 +208,25 @@ impl RouteMetrics {
     }
 }
 
+/// Samples of the auth of one route, found once at load.
+#[derive(Debug, Clone)]
+pub struct AuthMetrics {
+    /// Requests with a valid credential.
+    pub passed: Counter,
+    /// Requests without a credential that were let pass.
+    pub anonymous: Counter,
+    /// Requests without a credential that were refused.
+    pub missing: Counter,
+    /// Credentials that are not valid.
+    pub invalid: Counter,
+    /// Credentials that are valid, and not for the route.
+    pub forbidden: Counter,
+    /// Attempts that were not looked at, because too many from their address had failed.
+    pub throttled: Counter,
+    /// Tokens that could not be judged, for want of keys.
+    pub unavailable: Counter,
+}
+
 /// Samples of one endpoint of an upstream, found once at load.
 #[derive(Debug, Clone)]
 pub struct EndpointMetrics {
@@ -310,6 +330,7 @@ impl Metrics {
             attempts: Family::default(),
             retries: Family::default(),
             not_retried: Family::default(),
+            auth: Family::default(),
             fallbacks: Family::default(),
             no_fallbacks: Family::default(),
             breaker_state: Family::default(),
@@ -343,6 +364,7 @@ impl Metrics {
         all.register("retries", "Requests sent again to an upstream, by outcome", f.retries.clone());
         let help = "Failures that were not tried again although they might have been, by reason";
         all.register("retries_not_made", help, f.not_retried.clone());
+        all.register("auth", "Requests of routes with auth, by outcome", f.auth.clone());
         all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
         let help = "Fallbacks that a request could not be sent to, by reason";
         all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
@@ -406,6 +428,24 @@ impl Metrics {
         });
         routes.insert(name.into(), made.clone());
         made
+    }
+
+    /// The samples of the auth of a route.
+    #[must_use]
+    pub fn auth(&self, route: &str) -> AuthMetrics {
+        let counter = |outcome| {
+            let labels = RouteOutcome { route: route.to_owned(), outcome };
+            self.0.families.auth.get_or_create(&labels).clone()
+        };
+        AuthMetrics {
+            passed: counter("passed"),
+            anonymous: counter("anonymous"),
+            missing: counter("missing"),
+            invalid: counter("invalid"),
+            forbidden: counter("forbidden"),
+            throttled: counter("throttled"),
+            unavailable: counter("unavailable"),
+        }
     }
 
     /// The samples of an endpoint.
@@ -590,6 +630,12 @@ struct Route {
 struct RouteClass {
     route: String,
     status_class: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteOutcome {
+    route: String,
+    outcome: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]

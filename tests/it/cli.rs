@@ -65,6 +65,32 @@ fn a_port_that_is_taken_is_1_and_named() {
 }
 
 #[test]
+fn a_new_key_is_printed_once_beside_its_line() {
+    let made = |arguments: &[&str]| {
+        let output = sidegate(&[&["key", "new"][..], arguments].concat());
+        assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let mut lines = text.lines().filter(|line| !line.starts_with('#')).map(str::to_owned);
+        let (key, line) = (lines.next().unwrap(), lines.next().unwrap());
+        assert!(lines.next().is_none() && text.ends_with(&format!("{line}\n")), "{text}");
+        (key, line)
+    };
+    let (key, line) = made(&["--id", "alice"]);
+    assert!(key.starts_with("sgk_") && key.len() == 47 && !line.contains(&key), "{key} {line}");
+    assert!(line.starts_with("alice ") && line.len() == "alice ".len() + 64, "{line}");
+    assert_ne!(made(&["--id", "alice"]).0, key);
+    let all = ["--id", "ci", "--tier", "gold", "--routes", "chat,GET /models", "--expires", "2099-01-31"];
+    let (_, line) = made(&all);
+    assert!(line.ends_with(" tier=gold routes=\"chat,GET /models\" expires=2099-01-31T00:00:00Z"), "{line}");
+    for wrong in
+        [&["--id", "a b"][..], &["--id", "a", "--expires", "soon"], &["--id", "a", "--expires", "2001-01-01"], &[]]
+    {
+        let output = sidegate(&[&["key", "new"][..], wrong].concat());
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(64), 0), "{output:?}");
+    }
+}
+
+#[test]
 fn an_option_wins_over_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("f.yaml");

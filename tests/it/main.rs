@@ -5,6 +5,7 @@
 mod harness;
 
 mod assistant;
+mod auth;
 mod balance;
 mod circuit_breaker;
 mod cli;
