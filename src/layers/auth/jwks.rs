@@ -303,6 +303,60 @@ async fn fetch(client: &mut Client, uri: &Uri) -> Result<KeySet, BoxError> {
 mod tests {
     use super::*;
 
+    /// A set as the task would have it, and the task's ends.
+    fn remote() -> (Remote, watch::Sender<Known>) {
+        let (tell, known) = watch::channel(Known::default());
+        let (timeout, max_age) = (Duration::from_secs(5), Duration::from_secs(3600));
+        (Remote { known, wanted: Arc::default(), timeout, max_age, _task: JoinSet::new() }, tell)
+    }
+
+    fn fetched() -> Known {
+        let set = r#"{"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#;
+        let now = Instant::now();
+        Known { keys: Some((Arc::new(KeySet::parse(set.as_bytes()).unwrap()), now)), asked: Some(now) }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_keys_are_waited_for_and_not_for_ever() {
+        let (remote, tell) = remote();
+        let start = Instant::now();
+        assert!(remote.keys().await.is_none());
+        assert_eq!(start.elapsed(), Duration::from_secs(5));
+        let answer = async { tell.send_replace(fetched()) };
+        let (keys, _) = tokio::join!(remote.keys(), answer);
+        assert!(keys.is_some());
+        tell.send_replace(Known { keys: None, asked: Some(Instant::now()) });
+        let start = Instant::now();
+        assert!(remote.keys().await.is_none() && start.elapsed().is_zero(), "a failure is known at once");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unknown_key_asks_once_in_a_while() {
+        let (remote, tell) = remote();
+        tell.send_replace(fetched());
+        let old = remote.keys().await.unwrap();
+        let start = Instant::now();
+        assert!(Arc::ptr_eq(&remote.newer_keys().await.unwrap(), &old) && start.elapsed().is_zero(), "too soon");
+        tokio::time::advance(COOLDOWN).await;
+        let answer = async {
+            remote.wanted.notified().await;
+            tell.send_replace(fetched());
+        };
+        let (new, ()) = tokio::join!(remote.newer_keys(), answer);
+        assert!(!Arc::ptr_eq(&new.unwrap(), &old));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn old_keys_hold_for_a_while_and_no_longer() {
+        let (remote, tell) = remote();
+        tell.send_replace(fetched());
+        tokio::time::advance(Duration::from_secs(3600)).await;
+        tell.send_modify(|known| known.asked = Some(Instant::now()));
+        assert!(remote.keys().await.is_some());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(remote.keys().await.is_none());
+    }
+
     #[test]
     fn keys_come_over_tls_or_from_this_machine() {
         for good in

@@ -500,6 +500,78 @@ pub(super) mod tests {
         assert_eq!(verify(&after, &one.token(&claims)).await, Err(Refused::UnknownKey));
     }
 
+    /// By `openssl dgst -sha256 -sign`, over the RS256 header and the claims below.
+    const RS256: &str = "\
+        VUPLJ4w3uodMLQLZMI_RaQh0bp6LvjHmAey508mYAGTQbEPNtcG5fksb6JMpGiQwkT6DSKsAc7MNV9vkL4cIa661Lkat2PmKvns4\
+        izdQtYthru4T2wznhQVGYDfAALKgXbjPqxwJxjHxmF9ZSVRwqbDfoBso9kukPvtN8gRMKGautIr_8M7Lwncz06ZPTC_YACeRi_hm\
+        z2NGRxLMLISqClr4xvswyPTVWKDgBpqhCdK1KS6ymAHAQVPAdSya_URuS4Sa-ecx_pviUXgFlu0E7f2a4XvoaBIkcBzOXyuNylOs\
+        pzQc9bFYChglX5lwJLoClYI6RAVqUwu0qsb-IL_gpA";
+    /// By the same with `-sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:32`.
+    const PS256: &str = "\
+        ZQej7kGHYOwc7YOK58tKF5Atesb7HuN66IqchuenL-VyG-xdZCFaCctia8a1DT2JvpAoM0zL1E-Fa8h9DBD544HXtPsGZh5acT-h\
+        uk2I-JhNG5cpS1Jy8MmJXLPktx0tH-EAsZmBXH3Gbf3obCzbHsJL74InpWlD_c3lTITJT-TqxmOIPFJjlsQ95PcoaUE_avkRsgSf\
+        sYQPJ__pTn7Sfw2J-tzLGBaF4R_DRTYZTfqvhrXXXfi-pmTGC-zEuyETg9B75TAv6gl6-sZRPPMvqJDzUY9YI2FusBUqNK08y96n\
+        MmYOtm_Mz3WQaFArdDhJ1VNK3t7joREYKKDZv-6oww";
+    /// The key to both.
+    const RSA: &str = "-----BEGIN PUBLIC KEY-----\n\
+        MIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAyCjkjmmYD4P1gW+myqYY\n\
+        T9ZVv2C3MgLyC00ahr282LCQ4JWU4sUNk550daUhaWYxAi95SIMYnz96yLhVFrtp\n\
+        ZAPU9XXnDBouyy1BLzuMEKyNIQ9DtHq3+KziwiOZ151L01d6iIUyf0EytQICS/jF\n\
+        pkxFgRnMCW+84cUZibS3b/sADcOoO51vauYiP71qH0JXY8DpxKwfFL9VfQ+BCXPv\n\
+        Nc1XiIYbbidfMmMyYntfoZVSF95JNhXdnYPgGdyNK/sEGSibtkz4Q4HzoHT92pzu\n\
+        UJGwojszaP5MGMz3rJjI3HxpOe5D8wvc2XQyVdUu8BZ3G6bTGXDxRbOT6CaSbNJ+\n\
+        YwIDAQAB\n\
+        -----END PUBLIC KEY-----\n";
+    /// Its modulus.
+    const MODULUS: &str = "\
+        yCjkjmmYD4P1gW-myqYYT9ZVv2C3MgLyC00ahr282LCQ4JWU4sUNk550daUhaWYxAi95SIMYnz96yLhVFrtpZAPU9XXnDBouyy1B\
+        LzuMEKyNIQ9DtHq3-KziwiOZ151L01d6iIUyf0EytQICS_jFpkxFgRnMCW-84cUZibS3b_sADcOoO51vauYiP71qH0JXY8DpxKwf\
+        FL9VfQ-BCXPvNc1XiIYbbidfMmMyYntfoZVSF95JNhXdnYPgGdyNK_sEGSibtkz4Q4HzoHT92pzuUJGwojszaP5MGMz3rJjI3Hxp\
+        Oe5D8wvc2XQyVdUu8BZ3G6bTGXDxRbOT6CaSbNJ-Yw";
+
+    #[tokio::test]
+    async fn rsa_keys_from_pem_and_from_a_set_verify_what_openssl_signed() {
+        let token = |alg: &str, by: &str| {
+            let part = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(text);
+            let header = format!("{{\"alg\":\"{alg}\"}}");
+            format!("{}.{}.{by}", part(&header), part("{\"sub\":\"rsa\",\"aud\":\"api\",\"exp\":4000000000}"))
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let jwk = json!({ "kty": "RSA", "n": MODULUS, "e": "AQAB" });
+        std::fs::write(file.path(), json!({ "keys": [jwk] }).to_string()).unwrap();
+        let both = json!(["RS256", "PS256"]);
+        for keys in [
+            json!({ "algorithms": both, "key": RSA }),
+            json!({ "algorithms": both, "key": null, "jwks": { "file": file.path() } }),
+        ] {
+            let verifier = verifier(keys);
+            assert_eq!(verify(&verifier, &token("RS256", RS256)).await.as_deref(), Ok("rsa"));
+            assert_eq!(verify(&verifier, &token("PS256", PS256)).await.as_deref(), Ok("rsa"));
+            for (alg, by) in [("RS256", PS256), ("PS256", RS256)] {
+                assert_eq!(verify(&verifier, &token(alg, by)).await, Err(Refused::Signature), "{alg}");
+            }
+            let forged = hs256(&json!({ "alg": "HS256" }), &claims(json!({})), RSA.as_bytes());
+            assert_eq!(verify(&verifier, &forged).await, Err(Refused::Algorithm), "a public key is no secret");
+        }
+        let only = verifier(json!({ "algorithms": "RS256", "key": RSA }));
+        assert_eq!(verify(&only, &token("PS256", PS256)).await, Err(Refused::Algorithm));
+    }
+
+    #[tokio::test]
+    async fn ed25519_keys_verify() {
+        use ring::signature::Ed25519KeyPair;
+        let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).unwrap();
+        let pair = Ed25519KeyPair::from_pkcs8(document.as_ref()).unwrap();
+        let key = rcgen::KeyPair::try_from(document.as_ref()).unwrap().public_key_pem();
+        let verifier = verifier(json!({ "algorithms": "EdDSA", "key": key }));
+        let signed = unsigned(&json!({ "alg": "EdDSA" }), &claims(json!({})));
+        let by = |text: &str| BASE64_URL_SAFE_NO_PAD.encode(pair.sign(text.as_bytes()));
+        assert_eq!(verify(&verifier, &format!("{signed}.{}", by(&signed))).await.as_deref(), Ok("alice"));
+        assert_eq!(verify(&verifier, &format!("{signed}.{}", by("other"))).await, Err(Refused::Signature));
+        let p384 = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384).unwrap();
+        assert!(Key::read(&p384.public_key_pem(), &[Algorithm::ES384]).is_ok());
+    }
+
     #[test]
     fn configurations_that_would_verify_nothing_are_refused() {
         let problems = |json: Value| {
