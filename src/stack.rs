@@ -13,7 +13,7 @@ use std::{
 };
 
 use pin_project_lite::pin_project;
-use tower::{Service, ServiceBuilder, util::Either};
+use tower::{Service, ServiceBuilder};
 
 use crate::{
     config::{HumanDuration, Toggle},
@@ -36,7 +36,7 @@ use crate::{
         stream_start::StreamStartLayer,
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
     },
-    message::{Body, BoxError, HttpService, Request, Response},
+    message::{Body, BoxError, Chain, HttpService},
     registry::Registry,
     route::{Routes, Table, Target},
     settings::{Defaults, Route, Settings},
@@ -182,13 +182,13 @@ struct Gates {
 }
 
 /// Around the upstreams of one route.
-fn route<S: Endpoint>(
+fn route(
     own: &Route,
     policies: &Defaults,
     settings: &Settings,
     gates: Gates,
     fallback: Option<FallbackLayer>,
-    upstream: S,
+    upstream: HttpService,
 ) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
     let cors = policies.cors.as_ref().map(|cors| CorsLayer::new(cors, [settings.request_id.header.get().clone()]));
@@ -205,25 +205,23 @@ fn route<S: Endpoint>(
     let client_body = duration(timeouts.client_body_idle).map(ClientBodyIdleLayer::new);
     let deadline =
         duration(timeouts.total).map(DeadlineLayer::new).map(|layer| layer.with_streams(timeouts.total_streams));
-    HttpService::new(
-        ServiceBuilder::new()
-            .option_layer(headers)
-            // Preflights are answered here, before anything costs.
-            .option_layer(cors)
-            .option_layer(errors)
-            // Before anything is done or counted for whoever it is.
-            .option_layer(gates.auth)
-            .option_layer(heartbeat)
-            .option_layer(sse_error_event)
-            .option_layer(body_limit)
-            .option_layer(client_body)
-            // Whoever waits for a place has not begun yet.
-            .option_layer(gates.limit.map(ConcurrencyLayer::new))
-            .option_layer(deadline)
-            // Inside the deadline, which runs on from one upstream to the next.
-            .option_layer(fallback)
-            .service(upstream),
-    )
+    Chain::new()
+        .option_layer(headers)
+        // Preflights are answered here, before anything costs.
+        .option_layer(cors)
+        .option_layer(errors)
+        // Before anything is done or counted for whoever it is.
+        .option_layer(gates.auth)
+        .option_layer(heartbeat)
+        .option_layer(sse_error_event)
+        .option_layer(body_limit)
+        .option_layer(client_body)
+        // Whoever waits for a place has not begun yet.
+        .option_layer(gates.limit.map(ConcurrencyLayer::new))
+        .option_layer(deadline)
+        // Inside the deadline, which runs on from one upstream to the next.
+        .option_layer(fallback)
+        .service(upstream)
 }
 
 /// The upstreams, as the policies of one route have them.
@@ -234,15 +232,15 @@ struct Upstreams<'a> {
 }
 
 /// An upstream, by what it is.
-enum Kind<S> {
+enum Kind {
     /// Requests are sent to it.
-    Backend(S),
+    Backend(HttpService),
     /// It is a fixed answer.
-    Fixed(Respond),
+    Fixed(HttpService),
 }
 
 impl Upstreams<'_> {
-    fn find(&self, name: &str) -> Result<Kind<impl Endpoint + use<>>, BoxError> {
+    fn find(&self, name: &str) -> Result<Kind, BoxError> {
         let upstream = self.settings.upstreams.get(name).ok_or("there is none")?;
         match (&upstream.endpoints, &upstream.respond) {
             (Some(endpoints), _) => {
@@ -257,13 +255,14 @@ impl Upstreams<'_> {
                 let endpoints = match &*endpoints.0 {
                     [only] if !upstream.is_balanced() => {
                         let client = self.registry.client(name, upstream, &only.url)?;
-                        Either::Left(attempt(&self.policies, client, breaker(&only.url)))
+                        attempt(&self.policies, client, breaker(&only.url))
                     }
-                    _ => Either::Right(balance(&self.policies, self.registry.balancer(name, upstream)?, breaker)),
+                    _ => HttpService::new(balance(&self.policies, self.registry.balancer(name, upstream)?, breaker)),
                 };
-                Ok(Kind::Backend(attempts(limit, retry, endpoints)))
+                // Outside of retries: who is tried again keeps the place.
+                Ok(Kind::Backend(Chain::new().option_layer(limit).option_layer(retry).service(endpoints)))
             }
-            (None, Some(respond)) => Ok(Kind::Fixed(Respond::new(name.into(), respond))),
+            (None, Some(respond)) => Ok(Kind::Fixed(HttpService::new(Respond::new(name.into(), respond)))),
             (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
         }
     }
@@ -272,8 +271,8 @@ impl Upstreams<'_> {
     fn fallback(&self, route: &Route) -> Result<Option<FallbackLayer>, (&str, BoxError)> {
         let Some(config) = self.policies.fallback.as_ref() else { return Ok(None) };
         let target = |entry: &fallback::Entry| match self.find(&entry.upstream)? {
-            Kind::Fixed(respond) => Ok(fallback::Target::fixed(entry, HttpService::new(respond))),
-            Kind::Backend(backend) => fallback::Target::new(entry, HttpService::new(backend)),
+            Kind::Fixed(respond) => Ok(fallback::Target::fixed(entry, respond)),
+            Kind::Backend(backend) => fallback::Target::new(entry, backend),
         };
         let targets = config.to.iter().map(|entry| target(entry).map_err(|error| (&*entry.upstream, error)));
         let targets = targets.collect::<Result<_, _>>()?;
@@ -281,15 +280,6 @@ impl Upstreams<'_> {
         let metrics = self.registry.metrics().clone();
         Ok(Some(FallbackLayer::new(&route.name(), &route.upstream, targets, replay, metrics)))
     }
-}
-
-/// Around the endpoints of one upstream.
-fn attempts<S: Endpoint>(limit: Option<ConcurrencyLayer>, retry: Option<RetryLayer>, upstream: S) -> impl Endpoint {
-    ServiceBuilder::new()
-        // Outside of retries: who is tried again keeps the place.
-        .option_layer(limit)
-        .option_layer(retry)
-        .service(upstream)
 }
 
 /// Over the endpoints of one upstream.
@@ -302,38 +292,28 @@ fn balance(
     Balance::new(balancer, move |member| {
         let breaker = breaker(&member.address);
         Lane {
-            service: HttpService::new(attempt(&policies, member.client.clone(), breaker.clone())),
+            service: attempt(&policies, member.client.clone(), breaker.clone()),
             admit: breaker.map(|breaker| -> Arc<dyn Admit> { breaker }),
         }
     })
 }
 
 /// Around one endpoint.
-fn attempt(policies: &Defaults, client: Client, breaker: Option<Arc<Breaker>>) -> impl Endpoint + use<> {
+fn attempt(policies: &Defaults, client: Client, breaker: Option<Arc<Breaker>>) -> HttpService {
     let timeouts = &policies.timeouts;
-    ServiceBuilder::new()
-        // Outside of what turns silence and broken streams into failures: it counts them.
-        .option_layer(breaker.map(CircuitBreakerLayer::new))
-        // Where a failure can still be mended, a stream has not answered before it says something.
-        .option_layer(
-            (!policies.retry.is_off() || !policies.fallback.is_off())
-                .then(|| StreamStartLayer::new(duration(timeouts.first_byte))),
-        )
+    let mends = !policies.retry.is_off() || !policies.fallback.is_off();
+    // Each request has these: they are one service.
+    let client = ServiceBuilder::new()
         .map_response(|response: http::Response<_>| response.map(Body::new))
         .option_layer(duration(timeouts.first_byte).map(FirstByteLayer::new))
         .layer(IdleLayer::new(duration(timeouts.idle)))
-        .service(client.with_connect_timeout(timeouts.connect.get()))
-}
-
-/// What the layers of a route stand around.
-trait Endpoint:
-    Service<Request, Response = Response, Error = BoxError, Future: Send + 'static> + Clone + Send + Sync + 'static
-{
-}
-
-impl<S> Endpoint for S where
-    S: Service<Request, Response = Response, Error = BoxError, Future: Send + 'static> + Clone + Send + Sync + 'static
-{
+        .service(client.with_connect_timeout(timeouts.connect.get()));
+    Chain::new()
+        // Outside of what turns silence and broken streams into failures: it counts them.
+        .option_layer(breaker.map(CircuitBreakerLayer::new))
+        // Where a failure can still be mended, a stream has not answered before it says something.
+        .option_layer(mends.then(|| StreamStartLayer::new(duration(timeouts.first_byte))))
+        .service(HttpService::new(client))
 }
 
 fn duration(toggle: Toggle<HumanDuration>) -> Option<Duration> {

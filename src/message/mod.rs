@@ -17,7 +17,7 @@ pub use self::{
     ext::{Connection, Deadline, Peer, Principal, RequestId, Tried, TunnelIdle, Undecided},
     problem::Form,
     replay::Replay,
-    service::{HttpService, ResponseFuture},
+    service::{Chain, HttpService, ResponseFuture},
 };
 
 /// A request on its way through the layers.

@@ -7,7 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use tower::Service;
+use tower::{Layer, Service};
 
 use super::{BoxError, Request, Response};
 
@@ -65,6 +65,78 @@ impl Service<Request> for HttpService {
 
     fn call(&mut self, request: Request) -> ResponseFuture {
         self.inner.respond(request)
+    }
+}
+
+/// Puts layers around an [`HttpService`], outermost first, each of which may be absent.
+///
+/// Each layer that is there is a joint at which types are erased, and costs a request one allocation. With
+/// [`option_layer`](tower::ServiceBuilder::option_layer), which costs less, a chain of n layers is a type in which the
+/// innermost stands 2ⁿ times: a dozen made the release build three times as long and its debug information 200 MB.
+///
+/// ```
+/// use http::Response;
+/// use sidegate::message::{Body, BoxError, Chain, HttpService, Request};
+/// use tower::{Service, service_fn, util::MapResponseLayer};
+///
+/// # tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+/// let says = |text| {
+///     MapResponseLayer::new(move |mut response: Response<Body>| {
+///         response.headers_mut().append("by", http::HeaderValue::from_static(text));
+///         response
+///     })
+/// };
+/// let backend = service_fn(|_: Request| async { Ok::<_, BoxError>(Response::new(Body::empty())) });
+/// let mut service = Chain::new()
+///     .option_layer(Some(says("outer")))
+///     .option_layer(false.then(|| says("absent")))
+///     .option_layer(Some(says("inner")))
+///     .service(HttpService::new(backend));
+/// let response = service.call(Request::new(Body::empty())).await.unwrap();
+/// assert_eq!(response.headers().get_all("by").iter().collect::<Vec<_>>(), ["inner", "outer"]);
+/// # });
+/// ```
+#[derive(Default)]
+pub struct Chain {
+    layers: Vec<Wrap>,
+}
+
+type Wrap = Box<dyn FnOnce(HttpService) -> HttpService>;
+
+impl Chain {
+    /// A chain without layers.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The chain with `layer`, if there is one, inside of those that it has.
+    #[must_use]
+    pub fn option_layer<L>(mut self, layer: Option<L>) -> Self
+    where
+        L: Layer<HttpService> + 'static,
+        L::Service: Service<Request, Response = Response, Error = BoxError, Future: Send + 'static>
+            + Clone
+            + Send
+            + Sync
+            + 'static,
+    {
+        if let Some(layer) = layer {
+            self.layers.push(Box::new(move |inner| HttpService::new(layer.layer(inner))));
+        }
+        self
+    }
+
+    /// The layers around `inner`.
+    #[must_use]
+    pub fn service(self, inner: HttpService) -> HttpService {
+        self.layers.into_iter().rev().fold(inner, |inner, wrap| wrap(inner))
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain").field("layers", &self.layers.len()).finish()
     }
 }
 
