@@ -31,7 +31,7 @@
 //! |---|---|---|
 //! | 0 | [`message`] | body, error, header and address primitives |
 //! | 1 | [`config`], [`telemetry`], [`sse`] | loading and units; log, metrics, the record of an exchange; event streams |
-//! | 2 | [`upstream`] | endpoints and other kinds of upstream |
+//! | 2 | [`upstream`], [`store`] | endpoints and other kinds of upstream; Redis, and what stands in for it |
 //! | 3 | [`layers`] | one module per policy |
 //! | 4 | [`settings`], [`route`], [`registry`], [`stack`], [`admin`] | the whole configuration; which route takes a request; what outlives a reload; the request path; the operator's port |
 //! | 5 | [`server`] | listeners, connections, drain, reload |
@@ -55,5 +55,6 @@ pub mod server;
 pub mod settings;
 pub mod sse;
 pub mod stack;
+pub mod store;
 pub mod telemetry;
 pub mod upstream;

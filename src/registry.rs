@@ -22,6 +22,7 @@ use crate::{
     },
     message::BoxError,
     settings::{Settings, Upstream},
+    store::{self, Redis},
     telemetry::{Metrics, log::Writer},
     upstream::{
         Address, Client,
@@ -40,6 +41,14 @@ pub struct Registry {
     limiters: Mutex<HashMap<(Scope, String), Arc<Limiter>>>,
     balancers: Mutex<HashMap<String, Balancers>>,
     auth: auth::State,
+    redis: Mutex<Store>,
+}
+
+/// The Redis that holds, and that of a configuration that may come to.
+#[derive(Default)]
+struct Store {
+    holds: Option<Redis>,
+    built: Option<Redis>,
 }
 
 /// An endpoint of an upstream, by the upstream's name.
@@ -103,15 +112,15 @@ impl Registry {
             endpoints: Mutex::default(),
             running: AtomicBool::new(false),
         };
-        let (live, via) = (Arc::new(live), pseudonym());
         Self {
             log,
-            via,
-            live,
+            via: pseudonym(),
+            live: Arc::new(live),
             budgets: Mutex::default(),
             limiters: Mutex::default(),
             balancers: Mutex::default(),
             auth: auth::State::default(),
+            redis: Mutex::default(),
         }
     }
 
@@ -226,6 +235,28 @@ impl Registry {
         })
     }
 
+    /// The Redis of these settings, if there is one and it is enabled: the one that there is, with its connection, unless
+    /// settings or secrets changed. A new one begins to connect. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// As [`Redis::start`].
+    pub fn redis(&self, config: Option<&store::Config>) -> Result<Option<Redis>, BoxError> {
+        let Some(config) = config.filter(|config| config.enabled) else { return Ok(None) };
+        let mut store = lock(&self.redis);
+        if let Some(redis) = [&store.holds, &store.built].into_iter().flatten().find(|redis| redis.is_of(config)) {
+            return Ok(Some(redis.clone()));
+        }
+        let redis = Redis::start(config, self.metrics())?;
+        store.built = Some(redis.clone());
+        Ok(Some(redis))
+    }
+
+    /// The Redis that holds.
+    #[must_use]
+    pub fn redis_in_use(&self) -> Option<Redis> {
+        lock(&self.redis).holds.clone()
+    }
+
     /// The limit of the route or upstream `name`: the one that there is, with those in flight and in its queue. What has
     /// changed in its settings holds from [`retain`](Self::retain) on.
     pub fn limiter(&self, scope: Scope, name: &str, config: &concurrency::Config) -> Arc<Limiter> {
@@ -273,7 +304,20 @@ impl Registry {
             config.is_some()
         });
         self.retain_limiters(settings);
+        self.retain_redis(settings);
         live.running.store(true, Ordering::Relaxed);
+    }
+
+    /// Lets the Redis of `settings` hold. Another one loses its connection with the last request that uses it.
+    fn retain_redis(&self, settings: &Settings) {
+        let mut store = lock(&self.redis);
+        let config = settings.redis.as_ref().filter(|config| config.enabled);
+        let is_it = |redis: &Redis| config.is_some_and(|config| redis.is_of(config));
+        let known = [store.holds.take(), store.built.take()];
+        store.holds = known.into_iter().flatten().find(is_it);
+        if store.holds.is_none() {
+            self.metrics().forget_redis();
+        }
     }
 
     fn retain_limiters(&self, settings: &Settings) {

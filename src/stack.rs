@@ -91,6 +91,7 @@ impl Stack {
             };
             routes.push((own.matches.clone(), target));
         }
+        registry.redis(settings.redis.as_ref()).map_err(|error| BuildError { key: "redis".to_owned(), error })?;
         registry.retain(settings);
         Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
     }

@@ -11,6 +11,7 @@
 //! | `POST /circuit-breakers/{upstream}/reset` | closes those of all its endpoints, or of the one in `?endpoint=` |
 //! | `POST /circuit-breakers/{upstream}/open` | opens them until they are reset |
 //! | `GET /upstreams` | the endpoints that there is a choice of, or whose health is looked at: weight, health, requests in flight, average time to the first byte, circuit breaker |
+//! | `GET /health/redis` | whether Redis is `up`, how long it took to answer, reconnects, calls in flight; `off` where it is switched off |
 //! | `GET /health/upstreams` | their health alone, with the last check |
 //! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads |
 //! | `POST /upstreams/{upstream}/undrain` | sends to it again |
@@ -23,6 +24,7 @@
 
 mod breakers;
 pub mod health;
+mod redis;
 mod upstreams;
 
 use std::{
@@ -172,6 +174,7 @@ impl Admin {
                 answer(StatusCode::OK, &upstreams::list(&self.0.registry.balancers(), &self.0.registry.breakers()))
             }
             Page::HealthOfUpstreams => answer(StatusCode::OK, &upstreams::list_health(&self.0.registry.balancers())),
+            Page::HealthOfRedis => answer(StatusCode::OK, &self.redis()),
             Page::Drain | Page::Undrain => {
                 let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
                 match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, request.uri()) {
@@ -181,6 +184,10 @@ impl Admin {
             }
             Page::Reload => self.reload().await,
         }
+    }
+
+    fn redis(&self) -> Value {
+        redis::health(self.0.registry.redis_in_use().as_ref(), &self.configuration().effective["redis"])
     }
 
     fn health(&self) -> Value {
@@ -209,8 +216,10 @@ impl Admin {
             .collect();
         let phase = self.0.readiness.phase();
         let process = metrics.process();
+        let redis = self.redis();
+        let degraded = configuration.refused.is_some() || redis::is_degraded(&redis);
         json!({
-            "status": if phase == Phase::Ready && configuration.refused.is_some() { "degraded" } else { phase.as_str() },
+            "status": if phase == Phase::Ready && degraded { "degraded" } else { phase.as_str() },
             "components": {
                 "process": {
                     "status": phase.as_str(),
@@ -226,6 +235,7 @@ impl Admin {
                     "reloads_refused": process.reloads_refused.get(),
                     "problems": configuration.refused.unwrap_or_default(),
                 },
+                "redis": redis,
                 "upstreams": upstreams,
             },
         })
@@ -291,13 +301,14 @@ enum Page {
     OpenBreaker,
     Upstreams,
     HealthOfUpstreams,
+    HealthOfRedis,
     Drain,
     Undrain,
     Reload,
 }
 
 impl Page {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Live,
         Self::Ready,
         Self::Health,
@@ -308,6 +319,7 @@ impl Page {
         Self::OpenBreaker,
         Self::Upstreams,
         Self::HealthOfUpstreams,
+        Self::HealthOfRedis,
         Self::Drain,
         Self::Undrain,
         Self::Reload,
@@ -336,6 +348,7 @@ impl Page {
             Self::OpenBreaker => "/circuit-breakers/{upstream}/open",
             Self::Upstreams => "/upstreams",
             Self::HealthOfUpstreams => "/health/upstreams",
+            Self::HealthOfRedis => "/health/redis",
             Self::Drain => "/upstreams/{upstream}/drain",
             Self::Undrain => "/upstreams/{upstream}/undrain",
             Self::Reload => "/reload",

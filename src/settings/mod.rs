@@ -27,6 +27,7 @@ use crate::{
         security_headers, timeouts,
     },
     route::Match,
+    store,
     telemetry::log,
     upstream::{
         balance,
@@ -61,6 +62,9 @@ pub struct Settings {
     pub request_id: request_id::Config,
     /// Whom to believe, and what to say of oneself.
     pub hygiene: hygiene::Config,
+    /// What all replicas share. Default: each keeps what it knows in memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redis: Option<store::Config>,
     /// Where requests go, by name: 1 to 64 letters, digits, `_` or `-`.
     pub upstreams: BTreeMap<String, Upstream>,
     /// What every route starts from. A section on a route replaces the section here as a whole.
@@ -82,6 +86,7 @@ impl Default for Settings {
             log: log::Config::default(),
             request_id: request_id::Config::default(),
             hygiene: hygiene::Config::default(),
+            redis: None,
             upstreams: BTreeMap::new(),
             defaults: Defaults::default(),
             routes: Vec::new(),
@@ -517,6 +522,9 @@ impl Settings {
         problems.at("limits", |problems| self.limits.check(problems));
         problems.at("drain", |problems| self.drain.check(problems));
         problems.at("log", |problems| check_log(&self.log, problems));
+        if let Some(redis) = &self.redis {
+            problems.at("redis", |problems| redis.check(problems));
+        }
         for (name, upstream) in &self.upstreams {
             problems.at(format!("upstreams.{name}"), |problems| {
                 if !is_name(name) {

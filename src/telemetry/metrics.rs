@@ -23,6 +23,9 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 /// Upper bounds of the duration buckets, in seconds: from a cached answer to a long completion.
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0];
 
+/// Upper bounds of the buckets of a call to Redis, in seconds.
+const REDIS_SECONDS: [f64; 11] = [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0];
+
 /// All samples of the process. Cheap to clone; survives reloads.
 #[derive(Debug, Clone)]
 pub struct Metrics(Arc<Shared>);
@@ -64,6 +67,17 @@ struct Families {
     checks: Family<Attempt, Counter>,
     picks: Family<Retried, Counter>,
     lookups: Family<Retried, Counter>,
+    redis: RedisFamilies,
+}
+
+#[derive(Debug)]
+struct RedisFamilies {
+    calls: Family<Outcome, Counter>,
+    seconds: Family<Outcome, Histogram, fn() -> Histogram>,
+    /// Without a label, and none where there is no Redis.
+    state: Family<[(&'static str, &'static str); 0], Gauge>,
+    connected: Counter,
+    in_flight: Gauge,
 }
 
 type Seconds = Family<Route, Histogram, fn() -> Histogram>;
@@ -313,6 +327,34 @@ pub struct ConcurrencyMetrics {
     pub queue_timeout: Counter,
 }
 
+/// Samples of the calls to Redis. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct RedisMetrics {
+    calls: Arc<HashMap<&'static str, (Counter, Histogram)>>,
+    unavailable: Counter,
+    /// 0 while calls pass, 1 while it is probed, 2 while it is left alone.
+    pub state: Gauge,
+    /// Connections made.
+    pub connected: Counter,
+    /// Calls that wait for their answers.
+    pub in_flight: Gauge,
+}
+
+impl RedisMetrics {
+    /// Counts a call that took so long. `outcome` is `ok` or one of those that [`Metrics::redis`] was given.
+    pub fn called(&self, outcome: &'static str, took: Duration) {
+        if let Some((calls, seconds)) = self.calls.get(outcome) {
+            calls.inc();
+            seconds.observe(took.as_secs_f64());
+        }
+    }
+
+    /// Counts a call that was not made, because there is no Redis to be asked.
+    pub fn refused(&self) {
+        self.unavailable.inc();
+    }
+}
+
 impl Metrics {
     /// An empty set.
     #[must_use]
@@ -346,6 +388,13 @@ impl Metrics {
             checks: Family::default(),
             picks: Family::default(),
             lookups: Family::default(),
+            redis: RedisFamilies {
+                calls: Family::default(),
+                seconds: Family::new_with_constructor(|| Histogram::new(REDIS_SECONDS)),
+                state: Family::default(),
+                connected: Counter::default(),
+                in_flight: Gauge::default(),
+            },
         };
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
@@ -383,6 +432,7 @@ impl Metrics {
         let shed = "Requests that were refused a place, by reason";
         all.register("concurrency_shed", shed, f.concurrency_shed.clone());
         f.register_balance(&mut all);
+        f.register_redis(&mut all);
         let p = &process;
         all.register("connections", "Client connections that are open", p.connections.clone());
         all.register("connections_accepted", "Client connections accepted", p.accepted.clone());
@@ -523,6 +573,26 @@ impl Metrics {
             resolved: of(&f.lookups, "resolved"),
             unresolved: of(&f.lookups, "failed"),
         }
+    }
+
+    /// The samples of the calls to Redis, which may come to these outcomes or to `ok`.
+    #[must_use]
+    pub fn redis(&self, outcomes: &[&'static str]) -> RedisMetrics {
+        let f = &self.0.families.redis;
+        let of = |outcome| {
+            let labels = Outcome { outcome };
+            (f.calls.get_or_create(&labels).clone(), f.seconds.get_or_create(&labels).clone())
+        };
+        let calls = outcomes.iter().chain(&["ok"]).map(|outcome| (*outcome, of(*outcome))).collect();
+        let unavailable = f.calls.get_or_create(&Outcome { outcome: "unavailable" }).clone();
+        let state = f.state.get_or_create(&[]).clone();
+        let (connected, in_flight) = (f.connected.clone(), f.in_flight.clone());
+        RedisMetrics { calls: Arc::new(calls), unavailable, state, connected, in_flight }
+    }
+
+    /// Shows no state of a Redis that is gone.
+    pub fn forget_redis(&self) {
+        self.0.families.redis.state.remove(&[]);
     }
 
     /// Shows an endpoint no longer that was balanced over, its attempts included: with names that stand for ever new
@@ -667,7 +737,21 @@ impl Attempt {
     }
 }
 
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
 impl Families {
+    fn register_redis(&self, all: &mut Registry) {
+        let f = &self.redis;
+        all.register("redis_calls", "Calls to Redis, by outcome", f.calls.clone());
+        all.register_with_unit("redis_call", "Time that calls to Redis took", Unit::Seconds, f.seconds.clone());
+        all.register("redis_state", "Redis: 0 up, 1 being probed, 2 down", f.state.clone());
+        all.register("redis_connects", "Connections to Redis that were made", f.connected.clone());
+        all.register("redis_in_flight", "Calls to Redis that wait for their answers", f.in_flight.clone());
+    }
+
     fn register_balance(&self, all: &mut Registry) {
         let help = "Requests to an endpoint of several that have not ended";
         all.register("endpoint_in_flight", help, self.endpoint_in_flight.clone());

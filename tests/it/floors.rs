@@ -9,8 +9,8 @@ use std::{
 /// and may import each other.
 const FLOORS: [(&[&str], bool); 7] = [
     (&["message"], false),
-    (&["store", "sse", "telemetry", "config"], false),
-    (&["upstream"], false),
+    (&["sse", "telemetry", "config"], false),
+    (&["upstream", "store"], false),
     (&["layers"], false),
     (&["stack", "route", "settings", "registry", "admin"], true),
     (&["server"], false),

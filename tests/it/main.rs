@@ -20,6 +20,7 @@ mod fastapi;
 mod floors;
 mod forwarded;
 mod health;
+mod redis;
 mod reload;
 mod resilience;
 mod retry;

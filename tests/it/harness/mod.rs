@@ -6,6 +6,7 @@ pub mod backend;
 pub mod client;
 pub mod proxy;
 pub mod python;
+pub mod redis;
 pub mod wire;
 
 use std::{future::Future, io::Write, time::Duration};
