@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TARGET = HERE / "target"
 RESULTS = HERE / "results"
-DEFAULT_PEERS = "nginx,nginx-log,haproxy"
-# Those that come from this repository, and are measured where they are asked for.
+DEFAULT_PEERS = "nginx,nginx-log,haproxy,resilient"
+# Those that come from this repository.
 OWN_PEERS = ("hyper-min", "resilient")
 TICK = os.sysconf("SC_CLK_TCK")
 # A core that other programs took this much of disturbs a round.
@@ -657,7 +657,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--secs", type=int, default=2, help="seconds of each round (default 2)")
     parser.add_argument("--first", action="store_true", help="before all other programs (nice -19; root only): on a machine that does something else besides")
     parser.add_argument("--only", default=",".join(names), metavar="LIST", help="of " + ",".join(names))
-    parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="LIST", help=f"of {DEFAULT_PEERS},{','.join(OWN_PEERS)}, or empty (default {DEFAULT_PEERS})")
+    parser.add_argument("--peers", default=DEFAULT_PEERS, metavar="LIST", help=f"of {DEFAULT_PEERS},hyper-min, or empty (default {DEFAULT_PEERS})")
     parser.add_argument("--sidegate", metavar="PATH", help="a program that is already built, instead of this checkout's release build")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=PATH", help="one more sidegate in the same run, such as the build before a change")
     options = parser.parse_args()
