@@ -1,8 +1,8 @@
 //! Where policies keep what they count and remember: Redis, shared by all replicas, and a bounded map in memory.
 //!
 //! Redis is an accelerator and no dependency. sidegate starts without it, no call waits for longer than
-//! [`redis::Config::timeout`], and while it is out of order calls fail at once with [`Failure::Unavailable`]: a
-//! [breaker](breaker) opens, and a task of the store's own asks until Redis answers again. What a policy does meanwhile
+//! [`Config::timeout`], and while it is out of order calls fail at once with [`Failure::Unavailable`]: a
+//! [`breaker`] opens, and a task of the store's own asks until Redis answers again. What a policy does meanwhile
 //! is its own decision; most do the same in [`memory`], for this replica alone.
 //!
 //! By itself the store only connects, pings and reports.
