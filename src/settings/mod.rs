@@ -7,7 +7,9 @@
 
 pub mod drain;
 pub mod listener;
+mod route;
 pub mod tls;
+mod upstream;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -20,20 +22,16 @@ use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::Recursiv
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
 
+use self::route::is_route_name;
+pub use self::{
+    route::{Defaults, Route},
+    upstream::Upstream,
+};
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{
-        auth, body_limit, circuit_breaker, concurrency, cors, errors, fallback, hygiene, request_id, retry,
-        security_headers, timeouts,
-    },
-    route::Match,
+    layers::{auth, fallback, hygiene, request_id},
     store,
     telemetry::log,
-    upstream::{
-        balance,
-        client::{self, Host, PoolConfig, Protocol, Tls},
-        health, respond,
-    },
 };
 
 /// The configuration of sidegate.
@@ -163,272 +161,6 @@ impl Check for Limits {
     }
 }
 
-/// Where requests may go. An entry of `upstreams`: either `endpoints` and how to speak to them, or `respond`.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Upstream {
-    /// Where the backend listens: `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`, or a section with that as
-    /// `url` and a `weight`; or a list of up to 256 of these.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub endpoints: Option<OneOrMany<balance::Entry>>,
-    /// The version of HTTP that the endpoints are spoken to in: `http1` or `http2` (over `http://` with prior
-    /// knowledge, over `https://` by ALPN). Default `http1`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub protocol: Option<Protocol>,
-    /// What stands in `Host`: `preserve` for what the client sent, `endpoint` for the endpoint's own name, or any other
-    /// text for itself. Default `endpoint` for `https://`, else `preserve`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub host: Option<Host>,
-    /// Whom `https://` endpoints are believed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub tls: Option<Tls>,
-    /// Which connections are kept open.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub pool: Option<PoolConfig>,
-    /// When an endpoint that fails is left alone, and for how long. Default: never.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub circuit_breaker: Option<circuit_breaker::Config>,
-    /// How many requests may be in flight to it, over all routes, and how many may wait. Default: any number.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub concurrency: Option<concurrency::Config>,
-    /// Which of several endpoints is asked. Default: the one of two with less in flight.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub balance: Option<balance::Config>,
-    /// How endpoints that are not up are found. Default: they are not, all are asked.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub health: Option<health::Config>,
-    /// A fixed answer instead of a backend.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub respond: Option<respond::Config>,
-}
-
-impl Upstream {
-    /// How the endpoints are spoken to.
-    #[must_use]
-    pub fn client(&self) -> client::Config {
-        client::Config {
-            protocol: self.protocol.unwrap_or_default(),
-            host: self.host.clone(),
-            tls: self.tls.clone().unwrap_or_default(),
-            pool: self.pool.clone().unwrap_or_default(),
-        }
-    }
-}
-
-impl Upstream {
-    /// Whether there is a choice between endpoints, or something known of them. Else a request goes straight to the only
-    /// one.
-    #[must_use]
-    pub fn is_balanced(&self) -> bool {
-        let endpoints = self.endpoints.as_ref().map_or(0, |endpoints| endpoints.0.len());
-        endpoints > 1 || endpoints == 1 && (self.balance.is_some() || self.health.is_some())
-    }
-
-    /// Writes its defaults out.
-    fn complete(&mut self) {
-        let mut endpoints = self.endpoints.iter().flatten();
-        let Some(endpoint) = endpoints.next() else { return };
-        // Where some speak TLS and others do not, no one value says what holds.
-        if endpoints.all(|other| other.url.tls() == endpoint.url.tls()) {
-            let host = if endpoint.url.tls() { Host::Endpoint } else { Host::Preserve };
-            self.host.get_or_insert(host);
-        }
-        if self.is_balanced() {
-            self.balance.get_or_insert_default();
-        }
-        self.protocol.get_or_insert_default();
-        self.pool.get_or_insert_default();
-        self.circuit_breaker.iter_mut().for_each(circuit_breaker::Config::complete);
-    }
-}
-
-impl Check for Upstream {
-    fn check(&self, problems: &mut Problems) {
-        match (&self.endpoints, &self.respond) {
-            (None, None) => {
-                problems.add("", "needs `endpoints` (where the backend listens) or `respond` (a fixed answer)");
-            }
-            (Some(_), Some(_)) => problems.add("respond", "stands beside `endpoints`: an upstream is one or the other"),
-            (None, Some(respond)) => {
-                let given = [
-                    ("protocol", self.protocol.is_some()),
-                    ("host", self.host.is_some()),
-                    ("tls", self.tls.is_some()),
-                    ("pool", self.pool.is_some()),
-                    ("circuit_breaker", self.circuit_breaker.is_some()),
-                    ("concurrency", self.concurrency.is_some()),
-                    ("balance", self.balance.is_some()),
-                    ("health", self.health.is_some()),
-                ];
-                for (key, _) in given.into_iter().filter(|(_, given)| *given) {
-                    problems.add(key, "has no effect beside `respond`: leave it out");
-                }
-                problems.at("respond", |problems| respond.check(problems));
-            }
-            (Some(endpoints), None) => match &*endpoints.0 {
-                [] => problems.add("endpoints", "is empty: name the backend, as in `[http://127.0.0.1:8000]`"),
-                [first, ..] => {
-                    if self.tls.is_some() && !endpoints.iter().any(|endpoint| endpoint.url.tls()) {
-                        problems.add("tls", format!("has no effect: `{}` is spoken to without TLS", first.url));
-                    }
-                    balance::config::check_endpoints(endpoints, problems);
-                }
-            },
-        }
-        if let Some(tls) = &self.tls {
-            problems.at("tls", |problems| tls.check(problems));
-        }
-        if let Some(breaker) = &self.circuit_breaker {
-            problems.at("circuit_breaker", |problems| breaker.check(problems));
-        }
-        if let Some(concurrency) = &self.concurrency {
-            problems.at("concurrency", |problems| concurrency.check(problems));
-        }
-        if let Some(balance) = &self.balance {
-            problems.at("balance", |problems| balance.check(problems));
-        }
-        if let Some(health) = &self.health {
-            problems.at("health", |problems| health.check(problems));
-        }
-    }
-}
-
-/// What holds for requests. Section `defaults`.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Defaults {
-    /// Headers that tell browsers to be careful. Default: the preset `api`; `off` sets and removes none.
-    pub security_headers: Toggle<security_headers::Config>,
-    /// Who may call. Default `off`: anybody.
-    pub auth: Toggle<auth::Config>,
-    /// Which pages of other origins may use the API. Default `off`: what the backend says about it is passed on.
-    pub cors: Toggle<cors::Config>,
-    /// How long sidegate waits, for what.
-    pub timeouts: timeouts::Config,
-    /// How large a request's body may be. Default `off`.
-    pub body_limit: Toggle<body_limit::Config>,
-    /// How many requests of a route may be in flight, and how many may wait. Each route counts its own. Default `off`.
-    pub concurrency: Toggle<concurrency::Config>,
-    /// The upstreams that step in where the route's own failed, in this order: a list, or a section with the list in
-    /// `to`. Default `off`.
-    pub fallback: Toggle<fallback::Config>,
-    /// When a request is sent again that its upstream failed to serve. Default `off`.
-    pub retry: Toggle<retry::Config>,
-    /// The form of sidegate's own errors: `problem` or `openai`. Default `problem`.
-    pub errors: errors::Config,
-}
-
-impl Default for Defaults {
-    fn default() -> Self {
-        Self {
-            security_headers: Toggle::On(security_headers::Config::default()),
-            auth: Toggle::Off,
-            cors: Toggle::Off,
-            timeouts: timeouts::Config::default(),
-            body_limit: Toggle::Off,
-            concurrency: Toggle::Off,
-            fallback: Toggle::Off,
-            retry: Toggle::Off,
-            errors: errors::Config::default(),
-        }
-    }
-}
-
-/// Which requests go where, and what holds for them. An entry of `routes`.
-#[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Route {
-    /// What logs and metrics call it, 1 to 100 characters. Default: its match in words, as in
-    /// `POST /v1/chat/completions`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub name: Option<String>,
-    /// Which requests. Default: all that no other route matches.
-    #[serde(default, rename = "match")]
-    pub matches: Match,
-    /// The upstream that they go to, by its name.
-    pub upstream: String,
-    /// Instead of `defaults.security_headers`; `off` sets and removes none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub security_headers: Option<Toggle<security_headers::Config>>,
-    /// Instead of `defaults.auth`; `off` lets anybody in.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub auth: Option<Toggle<auth::Config>>,
-    /// Instead of `defaults.cors`; `off` leaves it to the backend.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cors: Option<Toggle<cors::Config>>,
-    /// Instead of `defaults.timeouts`, without `client_header` and `keepalive`; `off` waits for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub timeouts: Option<Toggle<timeouts::Config>>,
-    /// Instead of `defaults.body_limit`; `off` sets none.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub body_limit: Option<Toggle<body_limit::Config>>,
-    /// Instead of `defaults.concurrency`; `off` sets no limit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub concurrency: Option<Toggle<concurrency::Config>>,
-    /// Instead of `defaults.fallback`; `off` leaves failures to the route's own upstream.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub fallback: Option<Toggle<fallback::Config>>,
-    /// Instead of `defaults.retry`; `off` sends every request once.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub retry: Option<Toggle<retry::Config>>,
-    /// Instead of `defaults.errors`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub errors: Option<errors::Config>,
-}
-
-impl Route {
-    /// Everything, to `upstream`.
-    fn to(upstream: &str) -> Self {
-        Self {
-            name: None,
-            matches: Match::default(),
-            upstream: upstream.to_owned(),
-            security_headers: None,
-            auth: None,
-            cors: None,
-            timeouts: None,
-            body_limit: None,
-            concurrency: None,
-            fallback: None,
-            retry: None,
-            errors: None,
-        }
-    }
-
-    /// The name in logs and metrics.
-    #[must_use]
-    pub fn name(&self) -> String {
-        self.name.clone().unwrap_or_else(|| self.matches.to_string())
-    }
-
-    /// What holds for the route: its own sections, and those of `defaults` where it has none.
-    #[must_use]
-    pub fn policies(&self, defaults: &Defaults) -> Defaults {
-        let timeouts = match &self.timeouts {
-            None => defaults.timeouts.clone(),
-            Some(Toggle::On(own)) => own.clone(),
-            Some(Toggle::Off) => timeouts::Config {
-                client_body_idle: Toggle::Off,
-                first_byte: Toggle::Off,
-                idle: Toggle::Off,
-                total: Toggle::Off,
-                ..timeouts::Config::default()
-            },
-        };
-        Defaults {
-            security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
-            auth: self.auth.as_ref().unwrap_or(&defaults.auth).clone(),
-            cors: self.cors.as_ref().unwrap_or(&defaults.cors).clone(),
-            timeouts,
-            body_limit: self.body_limit.unwrap_or(defaults.body_limit),
-            concurrency: self.concurrency.as_ref().unwrap_or(&defaults.concurrency).clone(),
-            fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
-            retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
-            errors: self.errors.unwrap_or(defaults.errors),
-        }
-    }
-}
-
 impl Settings {
     /// Reads, completes and checks the configuration.
     ///
@@ -467,26 +199,9 @@ impl Settings {
         all.threads = Some(self.threads());
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
-            let Defaults { security_headers, auth, cors, timeouts, body_limit, concurrency, fallback, retry, errors } =
-                route.policies(&self.defaults);
             // A fixed answer does not fail, whatever it inherits.
             let fixed = self.is_fixed(&route.upstream);
-            let name = Some(route.name()).filter(|name| is_route_name(name));
-            let (matches, upstream) = (std::mem::take(&mut route.matches), std::mem::take(&mut route.upstream));
-            *route = Route {
-                name,
-                matches,
-                upstream,
-                security_headers: Some(security_headers),
-                auth: Some(auth),
-                cors: Some(cors),
-                timeouts: Some(Toggle::On(timeouts)),
-                body_limit: Some(body_limit),
-                concurrency: Some(concurrency),
-                fallback: Some(if fixed { Toggle::Off } else { fallback }),
-                retry: Some(if fixed { Toggle::Off } else { retry }),
-                errors: Some(errors),
-            };
+            route.complete(&self.defaults, fixed);
         }
         let mut all = serde_json::to_value(all)?;
         for route in all["routes"].as_array_mut().into_iter().flatten() {
@@ -731,10 +446,6 @@ fn check_log(log: &log::Config, problems: &mut Problems) {
     }
 }
 
-fn is_route_name(name: &str) -> bool {
-    (1..=100).contains(&name.chars().count()) && !name.chars().any(char::is_control)
-}
-
 fn is_name(name: &str) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
 }
@@ -762,6 +473,7 @@ mod tests {
 
     use super::*;
     use crate::config::HumanDuration;
+    use crate::layers::errors;
 
     fn load(text: &str) -> Result<Settings, String> {
         let dir = tempfile::tempdir().unwrap();
