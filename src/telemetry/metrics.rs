@@ -5,7 +5,7 @@
 //! not by hashing labels.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
     time::Duration,
 };
@@ -34,6 +34,8 @@ pub struct Metrics(Arc<Shared>);
 struct Shared {
     registry: Mutex<Registry>,
     routes: Mutex<HashMap<Box<str>, Arc<RouteMetrics>>>,
+    /// The transitions that there are series of: a family cannot be asked which it has.
+    transitions: Mutex<HashSet<Transition>>,
     families: Families,
     process: Process,
 }
@@ -446,7 +448,8 @@ impl Metrics {
         all.register("reloads", "Reloads that took effect", p.reloads.clone());
         all.register("reloads_refused", "Reloads that were refused", p.reloads_refused.clone());
         all.register("log_lines_dropped", "Log lines lost to a slow reader", p.log_lines_dropped.clone());
-        Self(Arc::new(Shared { registry: Mutex::new(all), routes: Mutex::default(), families, process }))
+        let (routes, transitions) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Shared { registry: Mutex::new(all), routes, transitions, families, process }))
     }
 
     /// The samples of the server as a whole.
@@ -604,6 +607,13 @@ impl Metrics {
         f.endpoint_healthy.remove(&labels);
         f.breaker_state.remove(&labels);
         f.breaker_refused.remove(&labels);
+        self.0.transitions.lock().unwrap_or_else(PoisonError::into_inner).retain(|of| {
+            let gone = of.upstream == upstream && of.endpoint == endpoint;
+            if gone {
+                f.breaker_transitions.remove(of);
+            }
+            !gone
+        });
         for outcome in ["passed", "failed"] {
             f.checks.remove(&Attempt::of(upstream, endpoint, outcome));
         }
@@ -627,6 +637,7 @@ impl Metrics {
     pub fn breaker_transition(&self, upstream: &str, endpoint: &str, to: &'static str, reason: &'static str) {
         let labels = Transition { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), to, reason };
         self.0.families.breaker_transitions.get_or_create(&labels).inc();
+        self.0.transitions.lock().unwrap_or_else(PoisonError::into_inner).insert(labels);
     }
 
     /// Shows no state of a circuit breaker that is gone. Its counters stay, as counters must.

@@ -224,12 +224,17 @@ async fn with_all_endpoints_drained_there_is_none() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_belongs_to_an_endpoint_goes_with_it() {
     let (one, other) = (Recorder::ok().await, Recorder::ok().await);
-    let proxy = Proxy::start(&file(&[one.url(), other.url()], "", "")).await;
+    let proxy = Proxy::start(&file(&[one.url(), other.url()], ", circuit_breaker: {}", "")).await;
     ask(&proxy, 10, GET).await;
     let url = one.url();
+    assert_eq!(post(&proxy, &format!("/circuit-breakers/api/open?endpoint={}", name(&url))).await.status(), 200);
     let metrics = async || proxy.admin_get("/metrics").await.text();
     assert!(metrics().await.contains(name(&url)));
-    proxy.rewrite(&file(&[other.url(), weighted(&other.url().replace("127.0.0.1", "127.0.0.2"), 0)], "", ""));
+    proxy.rewrite(&file(
+        &[other.url(), weighted(&other.url().replace("127.0.0.1", "127.0.0.2"), 0)],
+        ", circuit_breaker: {}",
+        "",
+    ));
     assert_eq!(post(&proxy, "/reload").await.status(), 200);
     ask(&proxy, 10, GET).await;
     assert!(!metrics().await.contains(name(&url)), "no series is left");
