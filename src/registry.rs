@@ -5,10 +5,12 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
+
+use parking_lot::Mutex;
 
 use http::HeaderValue;
 
@@ -91,10 +93,6 @@ impl Shape {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl fmt::Debug for Registry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Registry").finish_non_exhaustive()
@@ -158,7 +156,7 @@ impl Registry {
 
     /// The retry budget of the upstream `name`: the same one over reloads.
     pub fn budget(&self, name: &str) -> Budget {
-        lock(&self.budgets).entry(name.to_owned()).or_default().clone()
+        self.budgets.lock().entry(name.to_owned()).or_default().clone()
     }
 
     /// Finds the circuit breaker of an endpoint, if its upstream has any: the one that there is, in the state that it is
@@ -175,7 +173,7 @@ impl Registry {
     /// All circuit breakers, by upstream and endpoint.
     #[must_use]
     pub fn breakers(&self) -> Vec<Arc<Breaker>> {
-        let mut breakers: Vec<_> = lock(&self.live.breakers).values().cloned().collect();
+        let mut breakers: Vec<_> = self.live.breakers.lock().values().cloned().collect();
         breakers.sort_by(|one, other| (one.upstream(), one.endpoint()).cmp(&(other.upstream(), other.endpoint())));
         breakers
     }
@@ -187,7 +185,7 @@ impl Registry {
     /// As [`Client::new`].
     pub fn balancer(&self, name: &str, upstream: &Upstream) -> Result<Arc<Balancer>, BoxError> {
         let shape = Shape::of(upstream);
-        let mut balancers = lock(&self.balancers);
+        let mut balancers = self.balancers.lock();
         let known = balancers.entry(name.to_owned()).or_default();
         if let Some((_, balancer, _)) = known.holds.as_ref().filter(|(of, ..)| *of == shape) {
             return Ok(balancer.clone());
@@ -222,7 +220,7 @@ impl Registry {
     /// The balancers that hold, by upstream.
     #[must_use]
     pub fn balancers(&self) -> BTreeMap<String, Arc<Balancer>> {
-        let balancers = lock(&self.balancers);
+        let balancers = self.balancers.lock();
         balancers.iter().filter_map(|(name, of)| Some((name.clone(), of.holds.as_ref()?.1.clone()))).collect()
     }
 
@@ -242,7 +240,7 @@ impl Registry {
     /// As [`Redis::start`].
     pub fn redis(&self, config: Option<&store::Config>) -> Result<Option<Redis>, BoxError> {
         let Some(config) = config.filter(|config| config.enabled) else { return Ok(None) };
-        let mut store = lock(&self.redis);
+        let mut store = self.redis.lock();
         if let Some(redis) = [&store.holds, &store.built].into_iter().flatten().find(|redis| redis.is_of(config)) {
             return Ok(Some(redis.clone()));
         }
@@ -254,20 +252,20 @@ impl Registry {
     /// The Redis that holds.
     #[must_use]
     pub fn redis_in_use(&self) -> Option<Redis> {
-        lock(&self.redis).holds.clone()
+        self.redis.lock().holds.clone()
     }
 
     /// The limit of the route or upstream `name`: the one that there is, with those in flight and in its queue. What has
     /// changed in its settings holds from [`retain`](Self::retain) on.
     pub fn limiter(&self, scope: Scope, name: &str, config: &concurrency::Config) -> Arc<Limiter> {
         let new = || Arc::new(Limiter::new(scope, name, config.clone(), self.metrics()));
-        lock(&self.limiters).entry((scope, name.to_owned())).or_insert_with(new).clone()
+        self.limiters.lock().entry((scope, name.to_owned())).or_insert_with(new).clone()
     }
 
     /// The limit of the route or upstream `name`, if it has any.
     #[must_use]
     pub fn limiter_of(&self, scope: Scope, name: &str) -> Option<Arc<Limiter>> {
-        lock(&self.limiters).get(&(scope, name.to_owned())).cloned()
+        self.limiters.lock().get(&(scope, name.to_owned())).cloned()
     }
 
     /// Makes the live state that of `settings`: what changed holds, and what belongs to endpoints that are no longer
@@ -283,9 +281,9 @@ impl Registry {
             (listed || found().is_some()).then_some(upstream)
         };
         let live = &self.live;
-        lock(&live.clients).retain(|key, _| named(key).is_some());
-        lock(&self.budgets).retain(|name, _| upstreams.contains_key(name));
-        lock(&live.endpoints).retain(|key, endpoint| {
+        live.clients.lock().retain(|key, _| named(key).is_some());
+        self.budgets.lock().retain(|name, _| upstreams.contains_key(name));
+        live.endpoints.lock().retain(|key, endpoint| {
             let upstream = named(key).filter(|upstream| upstream.is_balanced());
             match upstream {
                 Some(upstream) => {
@@ -295,7 +293,7 @@ impl Registry {
             }
             upstream.is_some()
         });
-        lock(&live.breakers).retain(|key, breaker| {
+        live.breakers.lock().retain(|key, breaker| {
             let config = named(key).and_then(|upstream| upstream.circuit_breaker.as_ref());
             match config {
                 Some(config) => breaker.adopt(config),
@@ -310,7 +308,7 @@ impl Registry {
 
     /// Lets the Redis of `settings` hold. Another one loses its connection with the last request that uses it.
     fn retain_redis(&self, settings: &Settings) {
-        let mut store = lock(&self.redis);
+        let mut store = self.redis.lock();
         let config = settings.redis.as_ref().filter(|config| config.enabled);
         let is_it = |redis: &Redis| config.is_some_and(|config| redis.is_of(config));
         let known = [store.holds.take(), store.built.take()];
@@ -325,7 +323,7 @@ impl Registry {
             let route = settings.routes.iter().find(|route| route.name() == name)?;
             route.concurrency.as_ref().unwrap_or(&settings.defaults.concurrency).as_ref()
         };
-        lock(&self.limiters).retain(|(scope, name), limiter| {
+        self.limiters.lock().retain(|(scope, name), limiter| {
             let config = match scope {
                 Scope::Route => route(name),
                 Scope::Upstream => settings.upstreams.get(name).and_then(|upstream| upstream.concurrency.as_ref()),
@@ -340,7 +338,7 @@ impl Registry {
 
     /// Lets the balancers of `upstreams` hold, and ends the tasks of others.
     fn hold_balancers(&self, upstreams: &BTreeMap<String, Upstream>) {
-        lock(&self.balancers).retain(|name, known| {
+        self.balancers.lock().retain(|name, known| {
             let Some(upstream) = upstreams.get(name).filter(|upstream| upstream.is_balanced()) else { return false };
             let shape = Shape::of(upstream);
             let built = known.built.take().filter(|(of, _)| *of == shape);
@@ -366,7 +364,7 @@ impl Live {
         origin: &Address,
         dial: Option<SocketAddr>,
     ) -> Result<Client, BoxError> {
-        let mut clients = lock(&self.clients);
+        let mut clients = self.clients.lock();
         let key = (name.to_owned(), address.clone());
         if let Some((_, client)) = clients.get(&key).filter(|(known, _)| *known == config) {
             return Ok(client.clone());
@@ -377,7 +375,7 @@ impl Live {
     }
 
     fn breaker(&self, name: &str, config: &circuit_breaker::Config, address: &Address) -> Arc<Breaker> {
-        let mut breakers = lock(&self.breakers);
+        let mut breakers = self.breakers.lock();
         let new = || Arc::new(Breaker::new(name, &address.to_string(), config.clone(), &self.metrics));
         breakers.entry((name.to_owned(), address.clone())).or_insert_with(new).clone()
     }
@@ -399,9 +397,9 @@ impl Roster for Of {
         };
         let key = (self.upstream.clone(), address.clone());
         // One that was the only one so far is nothing new.
-        let added = self.live.running.load(Ordering::Relaxed) && !lock(&self.live.clients).contains_key(&key);
+        let added = self.live.running.load(Ordering::Relaxed) && !self.live.clients.lock().contains_key(&key);
         let client = self.live.client(&self.upstream, self.client.clone(), &address, &entry.url, dial)?;
-        let mut endpoints = lock(&self.live.endpoints);
+        let mut endpoints = self.live.endpoints.lock();
         let endpoint = endpoints.entry(key).or_insert_with(|| {
             Arc::new(Endpoint::new(&self.upstream, &address.to_string(), added, &self.live.metrics))
         });
@@ -421,9 +419,9 @@ impl Roster for Of {
         let stays = |(upstream, address): &Key| {
             *upstream != self.upstream || members.iter().any(|member| member.address == *address)
         };
-        lock(&self.live.clients).retain(|key, _| stays(key));
-        lock(&self.live.breakers).retain(|key, _| stays(key));
-        lock(&self.live.endpoints).retain(|key, endpoint| {
+        self.live.clients.lock().retain(|key, _| stays(key));
+        self.live.breakers.lock().retain(|key, _| stays(key));
+        self.live.endpoints.lock().retain(|key, endpoint| {
             let stays = stays(key);
             if !stays {
                 self.live.metrics.forget_balanced(endpoint.upstream(), endpoint.name());

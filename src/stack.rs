@@ -277,7 +277,7 @@ impl Upstreams<'_> {
         };
         let targets = config.to.iter().map(|entry| target(entry).map_err(|error| (&*entry.upstream, error)));
         let targets = targets.collect::<Result<_, _>>()?;
-        let replay = usize::try_from(config.replay.get()).unwrap_or(usize::MAX);
+        let replay = config.replay.to_usize();
         let metrics = self.registry.metrics().clone();
         Ok(Some(FallbackLayer::new(&route.name(), &route.upstream, targets, replay, metrics)))
     }

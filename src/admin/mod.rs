@@ -27,12 +27,9 @@ pub mod health;
 mod redis;
 mod upstreams;
 
-use std::{
-    borrow::Cow,
-    hint::black_box,
-    net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{borrow::Cow, hint::black_box, net::IpAddr, sync::Arc};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use http::{HeaderValue, Method, StatusCode, Uri, header, uri::Authority};
 use serde_json::{Map, Value, json};
@@ -115,7 +112,7 @@ impl Admin {
 
     /// The configuration that is told of. Held for a few instructions.
     pub fn configuration(&self) -> MutexGuard<'_, Configuration> {
-        self.0.configuration.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.configuration.lock()
     }
 
     /// Answers a request of an operator.

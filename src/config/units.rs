@@ -208,6 +208,12 @@ impl ByteSize {
     pub const fn get(self) -> u64 {
         self.0
     }
+
+    /// The number of bytes, as many as can be addressed.
+    #[must_use]
+    pub fn to_usize(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
 }
 
 const SIZES: &str = "a number of bytes with its unit, as in `64KiB`, `10MiB` or `1GB`";

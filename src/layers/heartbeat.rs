@@ -41,7 +41,7 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
-use http::{Request, Response, header::CONTENT_LENGTH};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -49,7 +49,7 @@ use tower::{Layer, Service};
 
 use crate::{
     message::{Body, BoxError},
-    sse::{BYTE_ORDER_MARK, Boundary, is_readable},
+    sse::{BYTE_ORDER_MARK, Boundary, has_room},
 };
 
 /// A comment, and the end of what might be taken for an event by who does not know comments.
@@ -121,10 +121,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let response = ready!(this.inner.poll(cx))?;
-        // A body of known length has no room for more, and that of an answer to `HEAD` is none.
-        let has_room = is_readable(response.headers())
-            && !response.headers().contains_key(CONTENT_LENGTH)
-            && response.body().size_hint().exact().is_none();
+        let has_room = has_room(&response);
         Poll::Ready(Ok(response
             .map(|body| if has_room { Body::new(ResponseBody::new(body, *this.every)) } else { Body::new(body) })))
     }
@@ -235,7 +232,7 @@ mod tests {
     use futures_util::{FutureExt, stream};
     use http::{
         HeaderMap, HeaderValue,
-        header::{CONTENT_ENCODING, CONTENT_TYPE},
+        header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
     };
     use http_body_util::{BodyExt, StreamBody};
     use proptest::prelude::*;

@@ -36,14 +36,14 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, header::CONTENT_LENGTH};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::{
     message::{Body, BoxError, Error, Form, Kind},
-    sse::{Boundary, is_readable},
+    sse::{Boundary, has_room},
     telemetry::exchange::Subject,
 };
 
@@ -114,10 +114,7 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let response = ready!(this.inner.poll(cx))?;
-        // A body of known length has no room for more, and that of an answer to `HEAD` is none.
-        let has_room = is_readable(response.headers())
-            && !response.headers().contains_key(CONTENT_LENGTH)
-            && response.body().size_hint().exact().is_none();
+        let has_room = has_room(&response);
         let about = this.about.take().filter(|_| has_room);
         Poll::Ready(Ok(response.map(|body| match about {
             Some(about) => Body::new(ResponseBody { body, boundary: Boundary::new(), about, over: false }),
@@ -209,7 +206,7 @@ mod tests {
     use futures_util::stream;
     use http::{
         HeaderMap, HeaderValue,
-        header::{CONTENT_ENCODING, CONTENT_TYPE},
+        header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
     };
     use http_body_util::{BodyExt, StreamBody};
     use serde_json::{Value, json};

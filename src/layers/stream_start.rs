@@ -113,7 +113,7 @@ where
     fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
         let undecided = request.extensions().get::<Undecided>().is_some() && *request.method() != Method::HEAD;
         let patience = self.first_byte.filter(|_| undecided).map(|after| {
-            let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
+            let upload = Exchange::of_upload(&request);
             Patience { after, deadline: Instant::now() + after, upload, timer: None }
         });
         ResponseFuture { inner: self.inner.call(request), undecided, patience, held: None }

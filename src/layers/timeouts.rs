@@ -28,7 +28,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, header::UPGRADE};
+use http::{Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
@@ -44,7 +44,7 @@ use crate::{
         problem::{Check, Problems},
         units::{HumanDuration, Toggle},
     },
-    message::{Body, BoxError, Error, Kind, TunnelIdle},
+    message::{Body, BoxError, Error, Kind, TunnelIdle, asks_for_tunnel},
     telemetry::Exchange,
 };
 
@@ -190,7 +190,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
+        let upload = Exchange::of_upload(&request);
         FirstByteFuture { inner: self.inner.call(request), sleep: sleep(self.after), after: self.after, upload }
     }
 }
@@ -281,7 +281,7 @@ where
 
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
         if let Some(after) = self.after
-            && (request.headers().contains_key(UPGRADE) || request.method() == http::Method::CONNECT)
+            && asks_for_tunnel(&request)
         {
             request.extensions_mut().insert(TunnelIdle(after));
         }

@@ -51,6 +51,14 @@ impl Error {
         self.retry_after
     }
 
+    /// Whether an endpoint that was asked is to blame for `error`, so that it counts against its breaker and its health.
+    /// What does not come from sidegate came from the endpoint.
+    #[must_use]
+    pub fn blames_endpoint(error: &(dyn StdError + 'static)) -> bool {
+        let kind = Self::find(error).map(Self::kind);
+        matches!(kind, None | Some(Kind::ConnectFailed | Kind::UpstreamReset | Kind::UpstreamTimeout))
+    }
+
     /// What `WWW-Authenticate` says, where it is asked for.
     #[must_use]
     pub fn challenge(&self) -> Option<&HeaderValue> {

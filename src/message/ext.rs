@@ -4,9 +4,11 @@ use std::{
     any::Any,
     fmt,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
+
+use parking_lot::Mutex;
 
 use http::HeaderValue;
 use tokio::time::Instant;
@@ -155,18 +157,18 @@ pub struct Tried(Arc<Mutex<Vec<Arc<str>>>>);
 impl Tried {
     /// Notes that `endpoint` is being asked.
     pub fn add(&self, endpoint: &Arc<str>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(endpoint.clone());
+        self.0.lock().push(endpoint.clone());
     }
 
     /// Whether `endpoint` was asked.
     #[must_use]
     pub fn contains(&self, endpoint: &str) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|tried| &**tried == endpoint)
+        self.0.lock().iter().any(|tried| &**tried == endpoint)
     }
 
     /// Whether none was asked.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+        self.0.lock().is_empty()
     }
 }

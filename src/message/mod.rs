@@ -24,3 +24,9 @@ pub use self::{
 pub type Request = http::Request<Body>;
 /// A response on its way back.
 pub type Response = http::Response<Body>;
+
+/// Whether `request` asks for a tunnel (RFC 9110 7.8 and 9.3.6): its bytes are no longer a message, so nothing of it can be
+/// sent twice or be timed as one.
+pub fn asks_for_tunnel<B>(request: &http::Request<B>) -> bool {
+    request.headers().contains_key(http::header::UPGRADE) || request.method() == http::Method::CONNECT
+}

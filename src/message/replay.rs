@@ -12,9 +12,11 @@ use std::{
     fmt,
     future::poll_fn,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
 };
+
+use parking_lot::Mutex;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -81,7 +83,7 @@ impl Replay {
     #[must_use]
     pub fn body(&self) -> Option<Body> {
         let Some(shared) = &self.0 else { return Some(Body::empty()) };
-        let mut state = lock(shared);
+        let mut state = shared.lock();
         if state.lost {
             return None;
         }
@@ -96,7 +98,7 @@ impl Replay {
     /// Whether the body can be read from its start.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.0.as_ref().is_none_or(|shared| !lock(shared).lost)
+        self.0.as_ref().is_none_or(|shared| !shared.lock().lost)
     }
 
     /// Whether it was clear from the start that there is no body.
@@ -109,7 +111,7 @@ impl Replay {
     #[must_use]
     pub fn is_kept(&self) -> bool {
         self.0.as_ref().is_none_or(|shared| {
-            let state = lock(shared);
+            let state = shared.lock();
             !state.lost && state.limit > 0
         })
     }
@@ -122,19 +124,19 @@ impl Replay {
     pub async fn bytes(&self) -> Result<Option<Bytes>, BoxError> {
         let Some(shared) = &self.0 else { return Ok(Some(Bytes::new())) };
         let Some(mut body) = self.body() else { return Ok(None) };
-        while lock(shared).is_coming() {
+        while shared.lock().is_coming() {
             if let Some(frame) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
                 frame?;
             }
         }
-        let state = lock(shared);
+        let state = shared.lock();
         Ok((!state.lost).then(|| Bytes::copy_from_slice(&state.kept)))
     }
 
     /// The trailers that came behind the body, once it is over.
     #[must_use]
     pub fn trailers(&self) -> Option<HeaderMap> {
-        self.0.as_ref().and_then(|shared| lock(shared).trailers.clone())
+        self.0.as_ref().and_then(|shared| shared.lock().trailers.clone())
     }
 }
 
@@ -143,10 +145,6 @@ impl fmt::Debug for Replay {
         // Only the shape: bytes of a body are nobody's business in a log.
         f.debug_struct("Replay").field("whole", &self.is_whole()).finish_non_exhaustive()
     }
-}
-
-fn lock(shared: &Mutex<State>) -> MutexGuard<'_, State> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl State {
@@ -201,7 +199,7 @@ impl HttpBody for Reader {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = &mut *self;
-        let mut state = lock(&this.shared);
+        let mut state = this.shared.lock();
         if state.reader != this.turn {
             return Poll::Ready(Some(Err(Error::new(Kind::ClientReset, "another attempt has taken over").into())));
         }
@@ -228,13 +226,13 @@ impl HttpBody for Reader {
     }
 
     fn is_end_stream(&self) -> bool {
-        let state = lock(&self.shared);
+        let state = self.shared.lock();
         let read = state.lost || self.at >= state.kept.len();
         read && (state.source.is_end_stream() || state.over) && (self.trailed || state.trailers.is_none())
     }
 
     fn size_hint(&self) -> SizeHint {
-        let state = lock(&self.shared);
+        let state = self.shared.lock();
         let mut hint = state.source.size_hint();
         if !state.lost {
             let kept = state.kept.len().saturating_sub(self.at) as u64;

@@ -9,10 +9,12 @@
 use std::{
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
+
+use parking_lot::Mutex;
 
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -65,11 +67,11 @@ impl Shutdown {
 
     /// Changes how long a drain may take, if none has begun.
     pub fn set_times(&self, times: Config) {
-        *self.0.times.lock().unwrap_or_else(PoisonError::into_inner) = times;
+        *self.0.times.lock() = times;
     }
 
     pub(super) fn times(&self) -> Config {
-        *self.0.times.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.times.lock()
     }
 
     /// Waits for the first time.

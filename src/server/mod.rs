@@ -46,7 +46,7 @@ use self::{
 use crate::{
     admin::{Admin, health::Phase},
     config::{
-        ByteSize, HumanDuration, Toggle,
+        HumanDuration, Toggle,
         load::{Sources, Tree},
     },
     layers::timeouts,
@@ -292,14 +292,13 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
 impl From<&Settings> for Server {
     fn from(settings: &Settings) -> Self {
         let limits = &settings.limits;
-        let bytes = |size: ByteSize| usize::try_from(size.get()).unwrap_or(usize::MAX);
         Self {
             listen: settings.listen.0.clone(),
             connections: usize::try_from(limits.connections.get()).unwrap_or(usize::MAX),
             limits: Limits {
                 headers: limits.headers as usize,
-                header_bytes: bytes(limits.header_bytes),
-                uri_bytes: bytes(limits.uri_bytes),
+                header_bytes: limits.header_bytes.to_usize(),
+                uri_bytes: limits.uri_bytes.to_usize(),
                 http2_streams: limits.http2_streams.get(),
             },
             timing: Timing::new(&settings.defaults.timeouts),

@@ -84,9 +84,9 @@ async fn echo(request: Request) -> Response {
 /// Answers with a body that the test feeds.
 fn streaming() -> (mpsc::Sender<&'static str>, impl Handler) {
     let (feed, eater) = mpsc::channel::<&'static str>(1);
-    let eater = Arc::new(std::sync::Mutex::new(Some(eater)));
+    let eater = Arc::new(parking_lot::Mutex::new(Some(eater)));
     let handler = move |_: Request| {
-        let mut eater = eater.lock().unwrap().take().expect("one request");
+        let mut eater = eater.lock().take().expect("one request");
         let frames = futures_util::stream::poll_fn(move |cx| eater.poll_recv(cx));
         let frames = futures_util::StreamExt::map(frames, |text| Ok::<_, Infallible>(Frame::data(Bytes::from(text))));
         std::future::ready(Response::new(Body::new(StreamBody::new(frames))))

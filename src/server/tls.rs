@@ -4,12 +4,9 @@
 //! key of another certificate) changes nothing and is said once; connections that are open keep the certificate
 //! that they began with. ALPN offers `h2`, then `http/1.1`.
 
-use std::{
-    fmt, fs, io,
-    os::unix::fs::MetadataExt,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fmt, fs, io, os::unix::fs::MetadataExt, sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
 
 use arc_swap::ArcSwap;
 use rustls::{
@@ -62,7 +59,7 @@ impl Tls {
     /// Looks at the files, and takes their certificate if it is a new and usable one. Reads files: not to be called on
     /// a thread that serves.
     pub(super) fn look(&self) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.seen.lock();
         let stamps = stamps(&self.files);
         if stamps == seen.stamps {
             return;

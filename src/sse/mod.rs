@@ -27,7 +27,7 @@ mod scanner;
 
 use http::{
     HeaderMap,
-    header::{CONTENT_ENCODING, CONTENT_TYPE},
+    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
 };
 
 pub use self::{
@@ -55,6 +55,15 @@ pub fn is_event_stream(headers: &HeaderMap) -> bool {
 pub fn is_readable(headers: &HeaderMap) -> bool {
     let plain = |value: &http::HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
     is_event_stream(headers) && headers.get_all(CONTENT_ENCODING).iter().all(plain)
+}
+
+/// Whether something may be said between the events of `response`: it is an event stream that [can be
+/// read](is_readable), and its body has no known length, which leaves no room, as has that of an answer to `HEAD`.
+#[must_use]
+pub fn has_room<B: http_body::Body>(response: &http::Response<B>) -> bool {
+    is_readable(response.headers())
+        && !response.headers().contains_key(CONTENT_LENGTH)
+        && response.body().size_hint().exact().is_none()
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     hash::{BuildHasher, Hash, RandomState},
-    sync::{Mutex, MutexGuard, PoisonError},
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use tokio::time::Instant;
 
@@ -213,7 +214,7 @@ impl<K: Clone + Eq + Hash + Weigh, V: Weigh> Memory<K, V> {
     }
 
     fn lock(&self, place: usize) -> MutexGuard<'_, Shard<K, V>> {
-        self.shards[place].lock().unwrap_or_else(PoisonError::into_inner)
+        self.shards[place].lock()
     }
 }
 

@@ -17,10 +17,12 @@
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Weak,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
 };
+
+use parking_lot::Mutex;
 
 use ::redis::{
     AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, ProtocolVersion, PushInfo, PushKind, RedisError,
@@ -303,7 +305,7 @@ impl Redis {
         let connected = shared.connected.load(Ordering::Relaxed);
         let latency = Some(shared.latency.load(Ordering::Relaxed)).filter(|nanos| *nanos > 0);
         let up = self.is_up();
-        let story = lock(&shared.story);
+        let story = shared.story.lock();
         Figures {
             state: match (up, connected) {
                 (true, _) => State::Up,
@@ -319,10 +321,6 @@ impl Redis {
             addresses: shared.resolved.config.url.iter().map(super::config::Address::name).collect(),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn millis(ttl: Duration) -> u64 {
@@ -390,10 +388,10 @@ impl Shared {
 
     /// A call was answered after others were not.
     fn mend(&self, generation: u64) {
-        let mut breaker = lock(&self.breaker);
+        let mut breaker = self.breaker.lock();
         breaker.success(generation);
         if breaker.probe_at().is_none() {
-            lock(&self.story).reason = None;
+            self.story.lock().reason = None;
             self.suspect.store(false, Ordering::Relaxed);
         }
     }
@@ -401,7 +399,7 @@ impl Shared {
     fn failed(&self, what: &'static str, generation: u64, failure: Failure, error: Option<&RedisError>) {
         debug!(redis = %self.name, call = what, outcome = failure.as_str(), "redis call failed");
         let detail = error.map(told).unwrap_or_default();
-        let mut breaker = lock(&self.breaker);
+        let mut breaker = self.breaker.lock();
         self.suspect.store(true, Ordering::Relaxed);
         let now = Instant::now();
         if breaker.failure(failure.charge(self.dialer.is_cluster()), generation, now) {
@@ -409,7 +407,7 @@ impl Shared {
             return;
         }
         if breaker.probe_at().is_none() && failure.charge(false) == Charge::Nothing {
-            let mut story = lock(&self.story);
+            let mut story = self.story.lock();
             if story.complained.is_none_or(|last| now.duration_since(last) >= COMPLAINT) {
                 story.complained = Some(now);
                 let outcome = failure.as_str();
@@ -428,7 +426,7 @@ impl Shared {
         self.link.store(None);
         self.metrics.state.set(2);
         warn!(redis = %self.name, outcome = failure.as_str(), error = %detail, "redis lost, going on without it");
-        *lock(&self.story) =
+        *self.story.lock() =
             Story { since: Instant::now(), reason: Some(Reason { failure, detail }), complained: None };
         self.wake.notify_one();
     }
@@ -437,7 +435,7 @@ impl Shared {
     async fn look_after(self: Arc<Self>) {
         self.metrics.state.set(2);
         loop {
-            let due = lock(&self.breaker).probe_at();
+            let due = self.breaker.lock().probe_at();
             if let Some(at) = due {
                 sleep_until(at).await;
                 self.probe().await;
@@ -471,7 +469,7 @@ impl Shared {
             self.took(started);
             return;
         }
-        let mut breaker = lock(&self.breaker);
+        let mut breaker = self.breaker.lock();
         if breaker.failure(Charge::Trips, link.generation, Instant::now()) {
             self.suspect.store(true, Ordering::Relaxed);
             self.open(failure, detail);
@@ -494,15 +492,15 @@ impl Shared {
     async fn probe(self: &Arc<Self>) {
         self.metrics.state.set(1);
         let gone = Arc::new(AtomicBool::new(false));
-        let generation = lock(&self.breaker).generation() + 1;
+        let generation = self.breaker.lock().generation() + 1;
         let outcome = self.try_out(generation, &gone).await;
         let now = Instant::now();
         let connection = match outcome {
             Ok(connection) => connection,
             Err(reason) => {
-                lock(&self.breaker).probed(false, now);
+                self.breaker.lock().probed(false, now);
                 self.metrics.state.set(2);
-                let mut story = lock(&self.story);
+                let mut story = self.story.lock();
                 // What it says may change at each try; what is wrong does not.
                 if story.reason.as_ref().map(|reason| reason.failure) != Some(reason.failure) {
                     let outcome = reason.failure.as_str();
@@ -512,14 +510,14 @@ impl Shared {
                 return;
             }
         };
-        let mut breaker = lock(&self.breaker);
+        let mut breaker = self.breaker.lock();
         let Some(generation) = breaker.probed(true, now) else { return };
         self.link.store(Some(Arc::new(Link { generation, connection })));
         self.suspect.store(true, Ordering::Relaxed);
         self.metrics.state.set(0);
         self.metrics.connected.inc();
         let before = self.connected.fetch_add(1, Ordering::Relaxed);
-        let mut story = lock(&self.story);
+        let mut story = self.story.lock();
         let took = now.duration_since(story.since).as_secs_f64() * 1000.0;
         let mode = self.dialer.mode();
         info!(redis = %self.name, mode, connects = before + 1, after_ms = took, "redis connected");
@@ -558,7 +556,7 @@ impl Shared {
 
     /// The connection of `generation` broke.
     fn lost(&self, generation: u64) {
-        let mut breaker = lock(&self.breaker);
+        let mut breaker = self.breaker.lock();
         if breaker.failure(Charge::Trips, generation, Instant::now()) {
             self.suspect.store(true, Ordering::Relaxed);
             self.open(Failure::Lost, "the connection was closed".to_owned());

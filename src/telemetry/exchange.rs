@@ -4,13 +4,16 @@ use std::{
     any::Any,
     net::IpAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::{Mutex, MutexGuard};
+
 use http::{HeaderValue, Method, Uri};
+use http_body::Body as HttpBody;
 use tokio::time::Instant;
 
 use super::{
@@ -126,6 +129,11 @@ impl Exchange {
         request.extensions().get()
     }
 
+    /// The record of `request`, where more of its body is to come.
+    pub fn of_upload<B: HttpBody>(request: &http::Request<B>) -> Option<Self> {
+        Self::of(request).filter(|_| !request.body().is_end_stream()).cloned()
+    }
+
     /// What was asked.
     #[must_use]
     pub fn asked(&self) -> &Asked {
@@ -164,6 +172,13 @@ impl Exchange {
         &self.0.sent
     }
 
+    /// Since when an upstream is waited for that was asked at `begun`: since the last byte of the request's body, where
+    /// that came later.
+    #[must_use]
+    pub fn waiting_since(upload: Option<&Self>, begun: Instant) -> Instant {
+        upload.and_then(Self::last_received).map_or(begun, |last| last.max(begun))
+    }
+
     /// Notes that `error` has cut the response off, or kept it from coming.
     pub fn cut(&self, error: &(dyn std::error::Error + 'static)) {
         let kind = Error::find(error).map_or(Kind::Internal, Error::kind);
@@ -181,7 +196,7 @@ impl Exchange {
 
     /// The facts, to read or to write. Held for a few instructions, never over an `.await`.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
-        self.0.facts.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.facts.lock()
     }
 }
 

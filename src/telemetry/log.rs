@@ -12,10 +12,12 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, IsTerminal, Write},
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::Arc,
     thread::{Builder, JoinHandle},
     time::{Duration, SystemTime},
 };
+
+use parking_lot::{Condvar, Mutex};
 
 use prometheus_client::metrics::counter::Counter;
 use schemars::JsonSchema;
@@ -190,18 +192,17 @@ impl Writer {
     }
 
     fn waiting<T>(&self, act: impl FnOnce(&mut Waiting) -> T) -> T {
-        act(&mut self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner))
+        act(&mut self.0.waiting.lock())
     }
 
     fn write_out(&self, mut sink: Sink) {
         let mut lines = Vec::new();
-        let mut waiting = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.0.waiting.lock();
         loop {
             let idle = |w: &mut Waiting| w.lines.is_empty() && !w.end && !w.reopen;
-            waiting = self.0.wake.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
+            self.0.wake.wait_while(&mut waiting, idle);
             let more = |w: &mut Waiting| !w.end && !w.reopen;
-            (waiting, _) =
-                self.0.wake.wait_timeout_while(waiting, GATHER, more).unwrap_or_else(PoisonError::into_inner);
+            self.0.wake.wait_while_for(&mut waiting, more, GATHER);
             let (end, reopen) = (waiting.end, std::mem::take(&mut waiting.reopen));
             std::mem::swap(&mut lines, &mut waiting.lines);
             drop(waiting);
@@ -215,7 +216,7 @@ impl Writer {
             if end {
                 return;
             }
-            waiting = self.0.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            waiting = self.0.waiting.lock();
         }
     }
 }

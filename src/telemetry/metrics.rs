@@ -6,9 +6,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
+
+use parking_lot::Mutex;
 
 use http::StatusCode;
 use prometheus_client::{
@@ -459,8 +461,9 @@ impl Metrics {
     }
 
     /// The samples of the route `name`: the same ones for the same name, over reloads.
+    #[must_use]
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
-        let mut routes = self.0.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut routes = self.0.routes.lock();
         if let Some(known) = routes.get(name) {
             return known.clone();
         }
@@ -607,7 +610,7 @@ impl Metrics {
         f.endpoint_healthy.remove(&labels);
         f.breaker_state.remove(&labels);
         f.breaker_refused.remove(&labels);
-        self.0.transitions.lock().unwrap_or_else(PoisonError::into_inner).retain(|of| {
+        self.0.transitions.lock().retain(|of| {
             let gone = of.upstream == upstream && of.endpoint == endpoint;
             if gone {
                 f.breaker_transitions.remove(of);
@@ -637,7 +640,7 @@ impl Metrics {
     pub fn breaker_transition(&self, upstream: &str, endpoint: &str, to: &'static str, reason: &'static str) {
         let labels = Transition { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), to, reason };
         self.0.families.breaker_transitions.get_or_create(&labels).inc();
-        self.0.transitions.lock().unwrap_or_else(PoisonError::into_inner).insert(labels);
+        self.0.transitions.lock().insert(labels);
     }
 
     /// Shows no state of a circuit breaker that is gone. Its counters stay, as counters must.
@@ -680,7 +683,7 @@ impl Metrics {
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();
-        let registry = self.0.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let registry = self.0.registry.lock();
         // A `String` takes every write.
         encode(&mut text, &registry).unwrap_or(());
         text

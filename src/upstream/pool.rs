@@ -5,11 +5,9 @@
 //! order to give the connection back; and neither tells whether a connection was used before, which the
 //! silent retry has to know.
 
-use std::{
-    mem,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{mem, time::Duration};
+
+use parking_lot::Mutex;
 
 use tokio::time::Instant;
 
@@ -29,13 +27,13 @@ impl<T> Pool<T> {
 
     /// The connection that has rested the least, unless that is too long.
     pub(super) fn take(&self) -> Option<T> {
-        let newest = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let newest = self.idle.lock().pop();
         newest.filter(|(since, _)| since.elapsed() < self.after).map(|(_, connection)| connection)
     }
 
     /// Keeps a connection, or closes it where there are enough.
     pub(super) fn put(&self, connection: T) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         if idle.len() < self.most {
             idle.push((Instant::now(), connection));
         }
@@ -43,7 +41,7 @@ impl<T> Pool<T> {
 
     /// Closes what has rested too long, and what `usable` does not want.
     pub(super) fn sweep(&self, mut usable: impl FnMut(&mut T) -> bool) {
-        let idle = mem::take(&mut *self.idle.lock().unwrap_or_else(PoisonError::into_inner));
+        let idle = mem::take(&mut *self.idle.lock());
         // Not under the lock: looking and closing have work to do. Who comes meanwhile opens a connection.
         let fresh: Vec<_> = idle
             .into_iter()
@@ -52,7 +50,7 @@ impl<T> Pool<T> {
             })
             .collect();
         // What came back meanwhile is younger, and stays on top.
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut idle = self.idle.lock();
         let younger = mem::replace(&mut *idle, fresh);
         idle.extend(younger);
         idle.truncate(self.most);

@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet, time::Duration};
 
-use crate::harness::{Backend, Message, Proxy, Wire, backend::Recorder, eventually};
+use crate::harness::{Backend, Proxy, Wire, backend::Recorder, eventually};
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n";
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -22,11 +22,6 @@ fn weighted(url: &str, weight: u32) -> String {
 
 fn name(url: &str) -> &str {
     url.trim_start_matches("http://")
-}
-
-async fn post(proxy: &Proxy, path: &str) -> Message {
-    let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n");
-    Wire::ask(proxy.admin().await, request).await
 }
 
 /// What `GET /upstreams` shows of each endpoint, by its name.
@@ -169,12 +164,12 @@ async fn an_open_breaker_is_passed_over_and_all_of_them_are_told_of() {
     let (one, other) = (Recorder::ok().await, Recorder::ok().await);
     let breaker = ", circuit_breaker: {}, balance: { algorithm: round_robin }";
     let proxy = Proxy::start(&file(&[one.url(), other.url()], breaker, "")).await;
-    let opened = post(&proxy, &format!("/circuit-breakers/api/open?endpoint={}", name(&one.url()))).await;
+    let opened = proxy.admin_post(&format!("/circuit-breakers/api/open?endpoint={}", name(&one.url()))).await;
     assert_eq!(opened.status(), 200, "{}", opened.text());
     ask(&proxy, 10, GET).await;
     assert_eq!((one.requests().len(), other.requests().len()), (0, 10));
     assert_eq!(shown(&proxy).await[name(&one.url())]["circuit_breaker"], "open");
-    assert_eq!(post(&proxy, "/circuit-breakers/api/open").await.status(), 200);
+    assert_eq!(proxy.admin_post("/circuit-breakers/api/open").await.status(), 200);
     let refused = proxy.get("/").await;
     assert_eq!((refused.status(), refused.json()["type"].clone()), (503, json!("urn:sidegate:problem:circuit-open")));
 }
@@ -190,32 +185,32 @@ async fn an_endpoint_is_drained_over_reloads_until_it_is_put_back() {
         (format!("/upstreams/other/drain?endpoint={}", name(&one.url())), 404),
         (format!("/upstreams/api/drain?endpoint={}", name(&one.url())), 200),
     ] {
-        let answer = post(&proxy, &path).await;
+        let answer = proxy.admin_post(&path).await;
         assert_eq!(answer.status(), status, "{path}: {}", answer.text());
     }
     ask(&proxy, 10, GET).await;
     // Another weight makes another balancer, of the same endpoints.
     proxy.rewrite(&file(&[weighted(&one.url(), 5), other.url()], "", ""));
-    assert_eq!(post(&proxy, "/reload").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     ask(&proxy, 10, GET).await;
     assert_eq!((one.requests().len(), other.requests().len()), (0, 20));
     let shown = shown(&proxy).await;
     let shown = &shown[name(&one.url())];
     assert_eq!((&shown["drained"], &shown["weight"], &shown["health"]), (&json!(true), &json!(5), &json!("up")));
 
-    assert_eq!(post(&proxy, &format!("/upstreams/api/undrain?endpoint={}", name(&one.url()))).await.status(), 200);
+    assert_eq!(proxy.admin_post(&format!("/upstreams/api/undrain?endpoint={}", name(&one.url()))).await.status(), 200);
     ask(&proxy, 20, GET).await;
     assert!(!one.requests().is_empty());
     let both = [one.url(), other.url()].map(|url| weighted(&url, 0));
     proxy.rewrite(&file(&both, "", ""));
-    assert_eq!(post(&proxy, "/reload").await.status(), 409, "nobody would be asked");
+    assert_eq!(proxy.admin_post("/reload").await.status(), 409, "nobody would be asked");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_all_endpoints_drained_there_is_none() {
     let one = Backend::start().await;
     let proxy = Proxy::start(&file(&[one.url()], ", balance: {}", "")).await;
-    assert_eq!(post(&proxy, &format!("/upstreams/api/drain?endpoint={}", name(&one.url()))).await.status(), 200);
+    assert_eq!(proxy.admin_post(&format!("/upstreams/api/drain?endpoint={}", name(&one.url()))).await.status(), 200);
     let refused = proxy.get("/").await;
     let kind = refused.json()["type"].clone();
     assert_eq!((refused.status(), kind), (503, json!("urn:sidegate:problem:no-healthy-endpoint")));
@@ -227,7 +222,7 @@ async fn what_belongs_to_an_endpoint_goes_with_it() {
     let proxy = Proxy::start(&file(&[one.url(), other.url()], ", circuit_breaker: {}", "")).await;
     ask(&proxy, 10, GET).await;
     let url = one.url();
-    assert_eq!(post(&proxy, &format!("/circuit-breakers/api/open?endpoint={}", name(&url))).await.status(), 200);
+    assert_eq!(proxy.admin_post(&format!("/circuit-breakers/api/open?endpoint={}", name(&url))).await.status(), 200);
     let metrics = async || proxy.admin_get("/metrics").await.text();
     assert!(metrics().await.contains(name(&url)));
     proxy.rewrite(&file(
@@ -235,7 +230,7 @@ async fn what_belongs_to_an_endpoint_goes_with_it() {
         ", circuit_breaker: {}",
         "",
     ));
-    assert_eq!(post(&proxy, "/reload").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     ask(&proxy, 10, GET).await;
     assert!(!metrics().await.contains(name(&url)), "no series is left");
 }

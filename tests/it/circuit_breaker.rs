@@ -29,11 +29,6 @@ async fn breaker(proxy: &Proxy) -> Value {
     proxy.admin_get("/circuit-breakers").await.json()["circuit_breakers"][0].clone()
 }
 
-async fn post(proxy: &Proxy, path: &str, fields: &str) -> Message {
-    let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\n{fields}content-length: 0\r\n\r\n");
-    Wire::ask(proxy.admin().await, request).await
-}
-
 fn refused(answer: &Message) -> bool {
     answer.status() == 503 && answer.json()["type"].as_str().is_some_and(|kind| kind.ends_with("circuit-open"))
 }
@@ -152,16 +147,16 @@ async fn a_reload_keeps_an_open_breaker_open() {
     answered(&proxy, &backend, UNAVAILABLE).await;
     let with = |settings: &str| file(settings).replace("UPSTREAM", &backend.url());
     proxy.rewrite(&with("consecutive_failures: 2, recovery: 60s"));
-    assert_eq!(post(&proxy, "/reload", "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert!(refused(&proxy.get("/").await));
     // A shorter limit holds for what is already open.
     proxy.rewrite(&with("consecutive_failures: 2, recovery: 50ms, max_recovery: 50ms"));
-    assert_eq!(post(&proxy, "/reload", "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     eventually("the recovery", async || breaker(&proxy).await["retry_after_seconds"].is_null()).await;
     assert_eq!(answered(&proxy, &backend, OK).await.text(), "ok");
 
     proxy.rewrite(&format!("upstreams: {{ api: {{ endpoints: [\"{}\"] }} }}", backend.url()));
-    assert_eq!(post(&proxy, "/reload", "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(proxy.admin_get("/circuit-breakers").await.json(), json!({ "circuit_breakers": [] }));
     assert!(!proxy.admin_get("/metrics").await.text().contains("sidegate_circuit_breaker_state{"));
 }
@@ -170,7 +165,7 @@ async fn a_reload_keeps_an_open_breaker_open() {
 async fn an_operator_opens_and_resets_it() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), &file("recovery: 50ms")).await;
-    let answer = post(&proxy, "/circuit-breakers/api/open", "").await;
+    let answer = proxy.admin_post("/circuit-breakers/api/open").await;
     assert_eq!((answer.status(), &answer.json()["circuit_breakers"][0]["forced"]), (200, &json!(true)));
     let refusal = proxy.get("/").await;
     assert!(refused(&refusal));
@@ -182,11 +177,11 @@ async fn an_operator_opens_and_resets_it() {
         ("/circuit-breakers/api/reset?endpoint=http://127.0.0.1:1", "", 404),
         ("/circuit-breakers/api/reset?all", "", 400),
     ] {
-        assert_eq!(post(&proxy, path, fields).await.status(), status, "{path}");
+        assert_eq!(proxy.admin_post_with(path, fields).await.status(), status, "{path}");
     }
     assert_eq!(proxy.admin_get("/circuit-breakers/api/reset").await.status(), 405);
     assert_eq!(breaker(&proxy).await["state"], "open");
-    let answer = post(&proxy, &format!("/circuit-breakers/api/reset?endpoint={endpoint}"), "").await;
+    let answer = proxy.admin_post(&format!("/circuit-breakers/api/reset?endpoint={endpoint}")).await;
     assert_eq!((answer.status(), &answer.json()["circuit_breakers"][0]["state"]), (200, &json!("closed")));
     assert_eq!(answered(&proxy, &backend, OK).await.text(), "ok");
 }

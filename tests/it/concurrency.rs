@@ -228,8 +228,7 @@ async fn a_reload_changes_the_limit_and_loses_nobody() {
     queued(&proxy, 2).await;
     let reload = async |settings: &str| {
         proxy.rewrite(&of_upstream(settings).replace("UPSTREAM", &backend.url()));
-        let post = "POST /reload HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n";
-        assert_eq!(Wire::ask(proxy.admin().await, post).await.status(), 200);
+        assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     };
     reload("max_in_flight: 3").await;
     for _ in 0..2 {

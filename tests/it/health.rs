@@ -8,7 +8,7 @@ use std::sync::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::harness::{Backend, Message, Proxy, Wire, backend::Recorder, eventually};
+use crate::harness::{Backend, Proxy, Wire, backend::Recorder, eventually};
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n";
 
@@ -19,7 +19,7 @@ struct Patient {
     /// Requests that were none of a check.
     asked: Arc<AtomicUsize>,
     /// Heads of checks.
-    checks: Arc<std::sync::Mutex<Vec<String>>>,
+    checks: Arc<parking_lot::Mutex<Vec<String>>>,
     _tasks: JoinSet<()>,
 }
 
@@ -28,7 +28,7 @@ impl Patient {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let well = Arc::new(AtomicBool::new(well));
-        let (asked, checks) = (Arc::new(AtomicUsize::new(0)), Arc::new(std::sync::Mutex::new(Vec::new())));
+        let (asked, checks) = (Arc::new(AtomicUsize::new(0)), Arc::new(parking_lot::Mutex::new(Vec::new())));
         let mut tasks = JoinSet::new();
         let (is_well, counted, noted) = (well.clone(), asked.clone(), checks.clone());
         tasks.spawn(async move {
@@ -40,7 +40,7 @@ impl Patient {
                     while wire.another().await {
                         let head = wire.head().await;
                         if head.start.contains("/healthz") {
-                            noted.lock().unwrap().push(format!("{} {:?}", head.start, head.get("host")));
+                            noted.lock().push(format!("{} {:?}", head.start, head.get("host")));
                         } else {
                             counted.fetch_add(1, Ordering::Relaxed);
                         }
@@ -81,11 +81,6 @@ async fn health(proxy: &Proxy, name: &str) -> Value {
 
 async fn is(proxy: &Proxy, name: &str, status: &str) {
     eventually(status, async || health(proxy, name).await["health"] == status).await;
-}
-
-async fn reload(proxy: &Proxy) -> Message {
-    let request = "POST /reload HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n";
-    Wire::ask(proxy.admin().await, request).await
 }
 
 async fn ask(proxy: &Proxy, n: usize) {
@@ -133,9 +128,9 @@ async fn a_check_is_no_request() {
     let health = "active: { path: \"/healthz?a=b\", interval: 100ms, jitter: 0s, host: health.test }";
     let limits = "defaults: { body_limit: { max: 1KiB } }";
     let proxy = Proxy::start(&format!("{}\n{limits}", file(&[&well.url], health, ""))).await;
-    eventually("three checks", async || well.checks.lock().unwrap().len() >= 3).await;
+    eventually("three checks", async || well.checks.lock().len() >= 3).await;
     ask(&proxy, 1).await;
-    assert_eq!(well.checks.lock().unwrap()[0], "GET /healthz?a=b HTTP/1.1 Some(\"health.test\")");
+    assert_eq!(well.checks.lock()[0], "GET /healthz?a=b HTTP/1.1 Some(\"health.test\")");
     let passed =
         format!("sidegate_health_checks_total{{upstream=\"api\",endpoint=\"{}\",outcome=\"passed\"}}", well.name());
     assert!(proxy.sample(&passed).await >= 2);
@@ -171,7 +166,7 @@ async fn with_all_down_there_is_none_unless_that_is_a_panic() {
     assert_eq!((one.asked(), other.asked()), (0, 0));
 
     proxy.rewrite(&file(&endpoints, ACTIVE, "panic_threshold: 50"));
-    assert_eq!(reload(&proxy).await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(health(&proxy, one.name()).await["health"], "down", "what is known is kept");
     assert_eq!(proxy.get("/").await.text(), "ok", "asked all the same, and its 503 passed on");
     assert_eq!(proxy.sample(r#"sidegate_balance_picks_total{upstream="api",outcome="panic"}"#).await, 1);
@@ -211,11 +206,11 @@ async fn a_reload_keeps_health_and_a_check_that_is_gone_keeps_nobody_out() {
     is(&proxy, ill.name(), "down").await;
     let slower = "active: { path: /healthz, interval: 1h }";
     proxy.rewrite(&file(&[&weighted, &well.url()], slower, ""));
-    assert_eq!(reload(&proxy).await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(health(&proxy, ill.name()).await["health"], "down", "with another weight and other checks");
     ask(&proxy, 5).await;
     assert_eq!(ill.asked(), 0);
     proxy.rewrite(&file(&[&ill.url, &well.url()], "passive: {}", ""));
-    assert_eq!(reload(&proxy).await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(health(&proxy, ill.name()).await["health"], "up");
 }

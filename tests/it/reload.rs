@@ -3,16 +3,11 @@
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::harness::{Backend, Message, Proxy, Wire, backend::Recorder, client::Http2Client};
+use crate::harness::{Backend, Proxy, backend::Recorder, client::Http2Client};
 
 /// A file whose only route answers with `text`.
 fn saying(text: &str) -> String {
     format!("upstreams: {{ fixed: {{ respond: {{ text: {text} }} }} }}")
-}
-
-async fn post_reload(proxy: &Proxy, fields: &str) -> Message {
-    let request = format!("POST /reload HTTP/1.1\r\nhost: localhost\r\n{fields}content-length: 0\r\n\r\n");
-    Wire::ask(proxy.admin().await, request).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -47,12 +42,12 @@ async fn a_changed_file_reloads_by_itself() {
 async fn the_operator_reloads_and_is_told_the_outcome() {
     let proxy = Proxy::start(&saying("before")).await;
     proxy.rewrite(&saying("after"));
-    let answer = post_reload(&proxy, "").await;
+    let answer = proxy.admin_post("/reload").await;
     assert_eq!((answer.status(), &answer.json()["status"]), (200, &json!("reloaded")), "{}", answer.text());
     assert_eq!(proxy.get("/").await.text(), "after");
     assert_eq!(proxy.admin_get("/config").await.json()["given"]["upstreams"]["fixed"]["respond"]["text"], "after");
 
-    let from_a_page = post_reload(&proxy, "origin: http://evil.example\r\n").await;
+    let from_a_page = proxy.admin_post_with("/reload", "origin: http://evil.example\r\n").await;
     assert_eq!(from_a_page.status(), 403, "a page in the operator's browser may not");
     assert_eq!(proxy.admin_get("/reload").await.status(), 405);
 }
@@ -61,7 +56,7 @@ async fn the_operator_reloads_and_is_told_the_outcome() {
 async fn a_wrong_file_changes_nothing_and_is_told_of() {
     let proxy = Proxy::start(&saying("before")).await;
     proxy.rewrite("upstreams: { fixed: { respond: { status: 99, txet: after } } }");
-    let answer = post_reload(&proxy, "").await;
+    let answer = proxy.admin_post("/reload").await;
     assert_eq!(answer.status(), 409, "{}", answer.text());
     let problems = answer.json()["problems"].clone();
     assert_eq!(problems[0]["key"], "upstreams.fixed.respond.txet", "{problems}");
@@ -79,7 +74,7 @@ async fn a_wrong_file_changes_nothing_and_is_told_of() {
     assert_eq!(proxy.admin_get("/readyz").await.status(), 200, "it serves as before");
 
     proxy.rewrite(&saying("mended"));
-    assert_eq!(post_reload(&proxy, "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(proxy.get("/").await.text(), "mended");
     let health = proxy.admin_get("/health").await.json();
     assert_eq!(health["components"]["config"]["status"], "ok", "{health}");
@@ -89,7 +84,7 @@ async fn a_wrong_file_changes_nothing_and_is_told_of() {
 async fn what_needs_a_restart_is_refused_by_name() {
     let proxy = Proxy::start(&saying("before")).await;
     proxy.rewrite(&format!("threads: 7\nlimits: {{ headers: 7 }}\n{}", saying("after")));
-    let answer = post_reload(&proxy, "").await;
+    let answer = proxy.admin_post("/reload").await;
     assert_eq!(answer.status(), 409);
     let problems = answer.json()["problems"].clone();
     assert_eq!((&problems[0]["key"], &problems[1]["key"]), (&json!("threads"), &json!("limits")), "{problems}");
@@ -100,7 +95,7 @@ async fn what_needs_a_restart_is_refused_by_name() {
 async fn a_file_that_is_gone_changes_nothing() {
     let proxy = Proxy::start(&saying("before")).await;
     std::fs::remove_file(proxy.path("sidegate.yaml")).unwrap();
-    assert_eq!(post_reload(&proxy, "").await.status(), 409);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 409);
     assert_eq!(proxy.get("/").await.text(), "before");
 }
 
@@ -117,7 +112,7 @@ async fn a_stream_finishes_on_the_configuration_that_it_began_with() {
 
     // Its upstream is no longer in the file.
     proxy.rewrite(&saying("after"));
-    assert_eq!(post_reload(&proxy, "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(proxy.get("/").await.text(), "after");
     upstream.send("3\r\ntwo\r\n").await;
     assert_eq!(client.chunk().await.unwrap(), b"two");
@@ -138,7 +133,7 @@ async fn connections_to_an_unchanged_upstream_are_kept() {
     let url = backend.url();
     proxy
         .rewrite(&format!("upstreams: {{ api: {{ endpoints: [\"{url}\"] }} }}\ndefaults: {{ security_headers: off }}"));
-    assert_eq!(post_reload(&proxy, "").await.status(), 200);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     client.send("GET /two HTTP/1.1\r\nhost: a\r\n\r\n").await;
     assert_eq!(upstream.head().await.target(), "/two", "over the connection that was open");
     upstream.send("HTTP/1.1 204 No Content\r\n\r\n").await;
@@ -154,7 +149,7 @@ async fn no_request_is_lost_while_configurations_come_and_go() {
     for turn in 0..20 {
         let idle = if turn % 2 == 0 { "20s" } else { "30s" };
         proxy.rewrite(&format!("upstreams: {{ api: {{ endpoints: [\"{url}\"], pool: {{ idle: {idle} }} }} }}"));
-        let reloading = post_reload(&proxy, "");
+        let reloading = proxy.admin_post("/reload");
         let asking = async {
             for _ in 0..20 {
                 client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;

@@ -6,12 +6,13 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use rustix::process::Signal;
 use tempfile::TempDir;
 use tokio::{task::JoinSet, time::MissedTickBehavior};
@@ -117,8 +118,8 @@ impl Load {
                 wire.send("GET /work HTTP/1.1\r\nhost: api\r\n\r\n").await;
                 let answer = wire.answer().await;
                 match answer.status() {
-                    200 => seen.by.lock().unwrap().push(by(&answer)),
-                    _ => seen.failed.lock().unwrap().push(answer.text()),
+                    200 => seen.by.lock().push(by(&answer)),
+                    _ => seen.failed.lock().push(answer.text()),
                 }
             } else {
                 let order = format!("{number}-{order}");
@@ -126,7 +127,7 @@ impl Load {
                 let answer = wire.answer().await;
                 match answer.status() {
                     201 => drop(seen.taken.fetch_add(1, Ordering::Relaxed)),
-                    _ => drop(seen.lost.lock().unwrap().insert(order, answer.text())),
+                    _ => drop(seen.lost.lock().insert(order, answer.text())),
                 }
             }
         }
@@ -134,9 +135,9 @@ impl Load {
 
     /// Waits for so many more GETs to be answered, and returns the names of those who did.
     async fn answered(&self, more: usize) -> Vec<String> {
-        let from = self.seen.by.lock().unwrap().len();
-        eventually("the load to go on", || async { self.seen.by.lock().unwrap().len() >= from + more }).await;
-        self.seen.by.lock().unwrap()[from..from + more].to_vec()
+        let from = self.seen.by.lock().len();
+        eventually("the load to go on", || async { self.seen.by.lock().len() >= from + more }).await;
+        self.seen.by.lock()[from..from + more].to_vec()
     }
 
     async fn end(mut self) -> Arc<Seen> {
@@ -185,10 +186,8 @@ routes:
     assert!(share(&without, "one") == 0.0, "nobody is sent to a dead one");
 
     fleet.restart(0).await;
-    eventually("traffic to return", || async {
-        load.seen.by.lock().unwrap().iter().rev().take(20).any(|name| name == "one")
-    })
-    .await;
+    eventually("traffic to return", || async { load.seen.by.lock().iter().rev().take(20).any(|name| name == "one") })
+        .await;
     let at_first = share(&load.answered(160).await, "one");
     load.answered(800).await;
     let at_last = share(&load.answered(300).await, "one");
@@ -197,8 +196,8 @@ routes:
     assert!(at_last > 0.25, "and that it gets in the end: {at_last}");
 
     let seen = load.end().await;
-    assert_eq!(*seen.failed.lock().unwrap(), [""; 0], "no client saw an error for GET");
-    let lost = seen.lost.lock().unwrap();
+    assert_eq!(*seen.failed.lock(), [""; 0], "no client saw an error for GET");
+    let lost = seen.lost.lock();
     assert!(lost.values().all(|error| error.contains("upstream-reset")), "only what was sent is lost: {lost:?}");
     assert!(lost.len() <= 4, "no more than were under way: {lost:?}");
     let orders = fleet.orders();
@@ -244,7 +243,7 @@ routes:
     let again = share(&load.answered(200).await, "two");
     assert!(again > 0.2, "it takes its part again: {again}");
     let seen = load.end().await;
-    assert_eq!(*seen.failed.lock().unwrap(), [""; 0], "no client saw an error for GET");
+    assert_eq!(*seen.failed.lock(), [""; 0], "no client saw an error for GET");
     let orders = fleet.orders();
     assert!(orders.values().all(|times| *times == 1), "none is sent twice: {orders:?}");
 }

@@ -1,11 +1,8 @@
 //! Who has failed how often: refused attempts by address, in memory.
 
-use std::{
-    fmt,
-    net::IpAddr,
-    sync::{Mutex, PoisonError},
-    time::Duration,
-};
+use std::{fmt, net::IpAddr, time::Duration};
+
+use parking_lot::Mutex;
 
 use tokio::time::Instant;
 
@@ -65,14 +62,14 @@ fn each(rate: Rate) -> Duration {
 impl Failures {
     /// How long `net` has to wait before its next attempt, if it has to.
     pub(super) fn wait(&self, net: Net, rate: Rate, now: Instant) -> Option<Duration> {
-        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner).get(&(net, rate))?;
+        let until = *self.until.lock().get(&(net, rate))?;
         let wait = (until + each(rate)).saturating_duration_since(now + rate.per());
         (!wait.is_zero()).then_some(wait)
     }
 
     /// Counts a refused attempt.
     pub(super) fn add(&self, net: Net, rate: Rate, now: Instant) {
-        let mut map = self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut map = self.until.lock();
         let until = map.get(&(net, rate)).map_or(now, |&until| until.max(now));
         // Never beyond what makes `net` wait for one: those who were let in together must not lock it out for longer.
         map.insert((net, rate), (until + each(rate)).min(now + rate.per()));
@@ -80,7 +77,7 @@ impl Failures {
 
     /// Remembers a credential that was good from `net`.
     pub(super) fn good(&self, net: Net, digest: Digest) {
-        let mut good = self.good.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut good = self.good.lock();
         if !good.is_young(&(net, digest)) {
             good.insert((net, digest), ());
         }
@@ -88,12 +85,12 @@ impl Failures {
 
     /// Forgets that it was.
     pub(super) fn no_longer_good(&self, net: Net, digest: Digest) {
-        self.good.lock().unwrap_or_else(PoisonError::into_inner).remove(&(net, digest));
+        self.good.lock().remove(&(net, digest));
     }
 
     /// Whether a credential was good from `net` lately.
     pub(super) fn was_good(&self, net: Net, digest: Digest) -> bool {
-        self.good.lock().unwrap_or_else(PoisonError::into_inner).get(&(net, digest)).is_some()
+        self.good.lock().get(&(net, digest)).is_some()
     }
 }
 

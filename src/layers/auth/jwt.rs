@@ -7,9 +7,11 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use parking_lot::Mutex;
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use schemars::JsonSchema;
@@ -228,7 +230,7 @@ impl Verifier {
     }
 
     fn known(&self, digest: Digest, keys: &Arc<KeySet>, now: f64) -> Option<Principal> {
-        let verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
+        let verified = self.verified.lock();
         let known = verified.get(&digest)?;
         let is_good = Arc::ptr_eq(&known.keys, keys) && known.expires.is_none_or(|expires| now < expires);
         is_good.then(|| known.principal.clone())
@@ -237,7 +239,7 @@ impl Verifier {
     fn verify_with(&self, token: &[u8], digest: Digest, keys: Arc<KeySet>, now: f64) -> Result<Principal, Refused> {
         let (principal, expires) = self.judge(token, &keys, now)?;
         let verified = Verified { principal: principal.clone(), expires, keys };
-        self.verified.lock().unwrap_or_else(PoisonError::into_inner).insert(digest, verified);
+        self.verified.lock().insert(digest, verified);
         Ok(principal)
     }
 

@@ -59,10 +59,12 @@ use std::{
     num::NonZeroU32,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
     task::{Context, Poll},
     time::SystemTime,
 };
+
+use parking_lot::Mutex;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
 use schemars::JsonSchema;
@@ -280,7 +282,7 @@ impl fmt::Debug for State {
 
 impl State {
     fn remote(&self, url: &str, config: &jwks::Config, metrics: &Metrics) -> Result<Arc<Remote>, BoxError> {
-        let mut remotes = self.remotes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut remotes = self.remotes.lock();
         remotes.retain(|(_, remote)| remote.strong_count() > 0);
         let known = remotes.iter().find(|(known, _)| known == config).and_then(|(_, remote)| remote.upgrade());
         if let Some(remote) = known {
@@ -294,7 +296,7 @@ impl State {
     fn keys(&self, file: &Path) -> Result<Arc<Keys>, BoxError> {
         let text = read(file)?;
         let digest = digest_of(text.as_bytes());
-        let mut known = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.keys.lock();
         known.retain(|_, keys| keys.strong_count() > 0);
         if let Some(keys) = known.get(&digest).and_then(Weak::upgrade) {
             return Ok(keys);

@@ -49,12 +49,14 @@ use std::{
     num::NonZeroU32,
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -73,7 +75,7 @@ use crate::{
         problem::{Check, Problems},
         units::{HumanDuration, Toggle},
     },
-    message::{Body, BoxError, Error, Fault, Kind},
+    message::{Body, BoxError, Error, Kind},
     telemetry::{Exchange, Metrics, metrics::BreakerMetrics},
     upstream::balance::Admit,
 };
@@ -302,7 +304,7 @@ impl Breaker {
     }
 
     fn machine(&self) -> MutexGuard<'_, Machine> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        self.machine.lock()
     }
 
     /// Lets `act` do something to the machine, and tells of a change.
@@ -391,13 +393,6 @@ impl Drop for Held {
     }
 }
 
-/// Whether an endpoint is to blame for `error`. What does not come from sidegate came from the endpoint.
-fn is_failure(error: &(dyn std::error::Error + 'static)) -> bool {
-    let Some(kind) = Error::find(error).map(Error::kind) else { return true };
-    let refused = matches!(kind, Kind::CircuitOpen | Kind::NoHealthyEndpoint | Kind::Overloaded);
-    kind.fault() == Fault::Upstream && !refused
-}
-
 /// Leaves an endpoint alone that fails: see the [module](self).
 ///
 /// # Errors
@@ -457,7 +452,7 @@ where
                 return ResponseFuture { inner: None, refused: Some(refused), held: None, begun, upload: None };
             }
         };
-        let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
+        let upload = Exchange::of_upload(&request);
         let begun = Instant::now();
         let inner = Some(self.inner.call(request));
         ResponseFuture { inner, refused: None, held: Some(held), begun, upload }
@@ -496,13 +491,12 @@ where
         let result = ready!(inner.poll(cx)).map_err(Into::into);
         let held = this.held.take();
         let now = Instant::now();
-        let last = this.upload.take().and_then(|exchange| exchange.last_received());
-        let first_byte = now.saturating_duration_since(last.map_or(*this.begun, |last| last.max(*this.begun)));
+        let first_byte = now.saturating_duration_since(Exchange::waiting_since(this.upload.as_ref(), *this.begun));
         let response = match result {
             Ok(response) => response,
             Err(error) => {
                 // Else it is the client's doing, as if it had left.
-                if let Some(held) = held.filter(|_| is_failure(&*error)) {
+                if let Some(held) = held.filter(|_| Error::blames_endpoint(&*error)) {
                     held.judge(None, first_byte, now);
                 }
                 return Poll::Ready(Err(error));
@@ -544,7 +538,7 @@ where
         let frame = ready!(this.body.poll_frame(cx)).map(|frame| frame.map_err(Into::into));
         if let Some(Err(error)) = &frame
             && let Some(mark) = this.mark.take()
-            && is_failure(&**error)
+            && Error::blames_endpoint(&**error)
         {
             this.breaker.broke_off(&mark);
         }

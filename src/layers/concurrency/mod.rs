@@ -262,8 +262,7 @@ where
             && is_telling(&result)
         {
             // Not the client's upload is measured.
-            let last = this.exchange.as_ref().and_then(Exchange::last_received);
-            limiter.sample(last.map_or(*this.begun, |last| last.max(*this.begun)).elapsed());
+            limiter.sample(Exchange::waiting_since(this.exchange.as_ref(), *this.begun).elapsed());
         }
         let response = result?;
         let Some(permit) = permit else { return Poll::Ready(Ok(response.map(Body::new))) };

@@ -52,8 +52,8 @@ use std::{
 };
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Uri,
-    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRAILER, UPGRADE},
+    HeaderMap, HeaderName, HeaderValue, Uri,
+    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRAILER},
     request::Parts,
     uri::PathAndQuery,
 };
@@ -63,7 +63,10 @@ use tower::{Layer, Service};
 pub use self::config::{CREDENTIALS, Config, Entry, Headers, PathText, Prefix, Rewrite};
 use crate::{
     config::Failure,
-    message::{Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, headers::PROXY_STATUS},
+    message::{
+        Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
+        headers::PROXY_STATUS,
+    },
     telemetry::{Exchange, Metrics},
 };
 
@@ -261,7 +264,7 @@ where
     fn call(&mut self, request: Request) -> Self::Future {
         let fresh = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, fresh);
-        if request.headers().contains_key(UPGRADE) || request.method() == Method::CONNECT {
+        if asks_for_tunnel(&request) {
             return Box::pin(inner.call(request));
         }
         let plan = self.plan.clone();
@@ -342,11 +345,10 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use futures_util::{FutureExt, StreamExt, stream};
-    use http::header::{AUTHORIZATION, COOKIE};
+    use http::header::{AUTHORIZATION, COOKIE, UPGRADE};
     use http_body_util::{BodyExt, StreamBody};
+    use parking_lot::Mutex;
     use tower::{ServiceExt, service_fn};
 
     use super::*;
@@ -372,7 +374,7 @@ mod tests {
                     Act::Early(_) | Act::Fail(Kind::ConnectFailed) => String::new(),
                     _ => String::from_utf8(body.collect().await?.to_bytes().to_vec()).unwrap(),
                 };
-                asked.lock().unwrap().push((name, head, text));
+                asked.lock().push((name, head, text));
                 match act {
                     Act::Answer(status) | Act::Early(status) => {
                         let answer = http::Response::builder().status(status).header(PROXY_STATUS, name);
@@ -425,7 +427,7 @@ mod tests {
                 Ok((head.status.as_u16(), body, hops))
             }
         };
-        let asked = asked.lock().unwrap().drain(..).collect();
+        let asked = asked.lock().drain(..).collect();
         Ask { result, asked }
     }
 
@@ -592,7 +594,7 @@ mod tests {
         let metrics = Metrics::new();
         let layer = FallbackLayer::new("route", "own", vec![target], 100, metrics.clone());
         assert!(layer.layer(own).oneshot(post("")).now_or_never().is_none());
-        assert!(asked.lock().unwrap().is_empty() && !metrics.encode().contains("fallbacks_total{"));
+        assert!(asked.lock().is_empty() && !metrics.encode().contains("fallbacks_total{"));
     }
 
     #[test]

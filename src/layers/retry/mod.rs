@@ -43,7 +43,7 @@ use std::{
     time::Duration,
 };
 
-use http::{Method, StatusCode, header::RETRY_AFTER, header::UPGRADE};
+use http::{StatusCode, header::RETRY_AFTER};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep};
@@ -55,7 +55,7 @@ use tower::{
 pub use self::budget::{Budget, Share, WINDOW};
 use crate::{
     config::{ByteSize, Check, Failure, HumanDuration, Problems},
-    message::{self, Body, BoxError, Error, Kind, Replay, Request, Response, Tried, Undecided},
+    message::{self, Body, BoxError, Error, Kind, Replay, Request, Response, Tried, Undecided, asks_for_tunnel},
     telemetry::{Exchange, metrics::RetryMetrics},
 };
 
@@ -231,7 +231,7 @@ where
     fn call(&mut self, request: Request) -> Self::Future {
         let fresh = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, fresh);
-        if request.headers().contains_key(UPGRADE) || request.method() == Method::CONNECT {
+        if asks_for_tunnel(&request) {
             return Box::pin(inner.call(request));
         }
         let settings = self.settings.clone();
@@ -248,7 +248,7 @@ impl Settings {
         let (mut head, body) = request.into_parts();
         let can_repeat = head.method.is_idempotent();
         // What must not be repeated is sent again only if nothing of it has left: then nothing needs to be kept.
-        let limit = if can_repeat { usize::try_from(self.config.replay.get()).unwrap_or(usize::MAX) } else { 0 };
+        let limit = if can_repeat { self.config.replay.to_usize() } else { 0 };
         head.extensions.insert(Tried::default());
         let replay = if let Some(outer) = head.extensions.get::<Replay>() {
             // It is the body already.
@@ -376,10 +376,12 @@ impl Drop for Made<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::{future::pending, sync::Mutex};
+    use std::future::pending;
 
     use futures_util::FutureExt;
+    use http::{Method, header::UPGRADE};
     use http_body_util::BodyExt;
+    use parking_lot::Mutex;
     use proptest::prelude::*;
     use tokio::time::advance;
     use tower::{ServiceExt, service_fn};
@@ -408,12 +410,12 @@ mod tests {
         let upstream = service_fn(move |request: Request| {
             let asked = asked.clone();
             async move {
-                let n = asked.lock().unwrap().len();
+                let n = asked.lock().len();
                 let body = match acts[n] {
                     Act::Fail(Kind::ConnectFailed) => b"unread".to_vec(),
                     _ => request.into_body().collect().await.unwrap().to_bytes().to_vec(),
                 };
-                asked.lock().unwrap().push((begun.elapsed(), body));
+                asked.lock().push((begun.elapsed(), body));
                 let answer = |status, after: Option<&str>| {
                     let mut response = http::Response::builder().status(status);
                     if let Some(after) = after {
@@ -431,7 +433,7 @@ mod tests {
         let layer = RetryLayer::with_random(config, budget.clone(), Metrics::new().retries("api"), || 1.0);
         let result = layer.layer(upstream).oneshot(request).await;
         let result = result.map_err(|error| Error::find(&*error).map(Error::kind));
-        let seen = seen.lock().unwrap().clone();
+        let seen = seen.lock().clone();
         (result, seen)
     }
 
@@ -554,8 +556,8 @@ mod tests {
         let asked = Arc::new(Mutex::new(0));
         let seen = asked.clone();
         let upstream = service_fn(move |_: Request| {
-            *asked.lock().unwrap() += 1;
-            let first = *asked.lock().unwrap() == 1;
+            *asked.lock() += 1;
+            let first = *asked.lock() == 1;
             async move { if first { Err(BoxError::from(Error::from(Kind::ConnectFailed))) } else { pending().await } }
         });
         let layer = RetryLayer::with_random(&Config::default(), wide(), metrics.clone(), || 1.0);
@@ -563,7 +565,7 @@ mod tests {
         assert!(hanging.as_mut().now_or_never().is_none());
         advance(Duration::from_millis(30)).await;
         assert!(hanging.as_mut().now_or_never().is_none());
-        assert_eq!((*seen.lock().unwrap(), metrics.cancelled.get()), (2, 0));
+        assert_eq!((*seen.lock(), metrics.cancelled.get()), (2, 0));
         drop(hanging);
         assert_eq!(metrics.cancelled.get(), 1);
     }
@@ -586,12 +588,12 @@ mod tests {
             let marks = Arc::new(Mutex::new(Vec::new()));
             let seen = marks.clone();
             let upstream = service_fn(move |request: Request| {
-                seen.lock().unwrap().push(request.extensions().get::<Undecided>().is_some());
+                seen.lock().push(request.extensions().get::<Undecided>().is_some());
                 async { Err::<Response, _>(BoxError::from(Error::from(Kind::ConnectFailed))) }
             });
             let layer = RetryLayer::new(config, Budget::default(), Metrics::new().retries("api"));
             layer.layer(upstream).oneshot(request).await.unwrap_err();
-            let marks = marks.lock().unwrap();
+            let marks = marks.lock();
             marks.clone()
         }
         let config = Config { attempts: 3, ..Config::default() };

@@ -2,11 +2,13 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
+
+use parking_lot::{Mutex, MutexGuard};
 
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -121,12 +123,12 @@ impl Endpoint {
 
     /// Its time to the first byte.
     pub fn latency(&self) -> MutexGuard<'_, Ewma> {
-        self.latency.lock().unwrap_or_else(PoisonError::into_inner)
+        self.latency.lock()
     }
 
     /// Its health.
     pub fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+        self.health.lock()
     }
 
     /// Lets `act` change the health, and tells of what has changed.

@@ -58,7 +58,7 @@ pub use self::{
 };
 use super::{Address, Client, health};
 use crate::{
-    message::{self, Body, BoxError, Connection, Error, Fault, HttpService, Kind, Request, Response, Tried},
+    message::{self, Body, BoxError, Connection, Error, HttpService, Kind, Request, Response, Tried},
     telemetry::{Exchange, Metrics, metrics::PickMetrics},
 };
 
@@ -449,7 +449,7 @@ impl Service<Request> for Balance {
         if let Some(tried) = request.extensions().get::<Tried>() {
             tried.add(endpoint.name());
         }
-        let upload = Exchange::of(&request).filter(|_| !request.body().is_end_stream()).cloned();
+        let upload = Exchange::of_upload(&request);
         let inner = ways.lanes[place].service.clone().call(request);
         ResponseFuture(Ok(Asked { inner, held: Some(held), balancer: balancer.clone(), begun, upload }))
     }
@@ -487,13 +487,12 @@ impl Future for ResponseFuture {
         let result = ready!(asked.inner.as_mut().poll(cx));
         let Some(held) = asked.held.take() else { return Poll::Ready(result) };
         let now = Instant::now();
-        let last = asked.upload.take().and_then(|exchange| exchange.last_received());
-        let took = now.saturating_duration_since(last.map_or(asked.begun, |last| last.max(asked.begun)));
+        let took = now.saturating_duration_since(Exchange::waiting_since(asked.upload.as_ref(), asked.begun));
         let balancer = &asked.balancer;
         let response = match result {
             Ok(response) => response,
             Err(error) => {
-                if is_failure(&*error) {
+                if Error::blames_endpoint(&*error) {
                     held.endpoint().latency().fail(took, now);
                     balancer.failed(held.endpoint());
                 }
@@ -519,13 +518,6 @@ impl Future for ResponseFuture {
         let judge = (!failed).then(|| balancer.clone());
         Poll::Ready(Ok(response.map(|body| Body::new(ResponseBody { body, held: Some(held), judge }))))
     }
-}
-
-/// Whether an endpoint is to blame for `error`. What does not come from sidegate came from the endpoint.
-fn is_failure(error: &(dyn std::error::Error + 'static)) -> bool {
-    let Some(kind) = Error::find(error).map(Error::kind) else { return true };
-    let refused = matches!(kind, Kind::CircuitOpen | Kind::NoHealthyEndpoint | Kind::Overloaded);
-    kind.fault() == Fault::Upstream && kind != Kind::DeadlineExceeded && !refused
 }
 
 pin_project! {
@@ -554,7 +546,7 @@ impl HttpBody for ResponseBody {
         };
         if over && let (Some(held), judge) = (this.held.take(), this.judge.take()) {
             match (judge, error) {
-                (Some(balancer), Some(error)) if is_failure(error) => balancer.failed(held.endpoint()),
+                (Some(balancer), Some(error)) if Error::blames_endpoint(error) => balancer.failed(held.endpoint()),
                 (Some(balancer), None) => balancer.served(held.endpoint()),
                 _ => {}
             }

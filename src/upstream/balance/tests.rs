@@ -1,6 +1,7 @@
-use std::{convert::Infallible, num::NonZeroU32, sync::Mutex};
+use std::{convert::Infallible, num::NonZeroU32};
 
 use http_body_util::BodyExt;
+use parking_lot::Mutex;
 use proptest::{collection::vec, prelude::*};
 use tokio::time::advance;
 use tower::service_fn;
@@ -67,7 +68,7 @@ impl Scene {
             let (name, noted) = (member.endpoint.name().to_string(), noted.clone());
             let admit: Option<Arc<dyn Admit>> = Some(Arc::new(Gate(open(&name))));
             let service = service_fn(move |_: Request| {
-                noted.lock().unwrap().push(name.clone());
+                noted.lock().push(name.clone());
                 respond(does)
             });
             Lane { service: HttpService::new(service), admit }
@@ -84,7 +85,7 @@ impl Scene {
         for _ in 0..n {
             drop(self.ask(get("/")).await);
         }
-        let asked = self.asked.lock().unwrap();
+        let asked = self.asked.lock();
         let count = |member: &Member| asked.iter().filter(|name| ***name == **member.endpoint.name()).count();
         self.members.iter().map(count).collect()
     }
@@ -141,7 +142,7 @@ async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
         for _ in 0..3 {
             scene.ask(get(path)).await.unwrap();
         }
-        let asked = std::mem::take(&mut *scene.asked.lock().unwrap());
+        let asked = std::mem::take(&mut *scene.asked.lock());
         assert!(asked.iter().all(|name| *name == asked[0]), "{path}: {asked:?}");
         homes.push(asked[0].clone());
     }
@@ -150,7 +151,7 @@ async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
     gone.drain(true);
     for (path, home) in paths.iter().zip(&homes).filter(|(_, home)| ***home != **gone.name()) {
         scene.ask(get(path)).await.unwrap();
-        assert_eq!(scene.asked.lock().unwrap().pop().as_ref(), Some(home));
+        assert_eq!(scene.asked.lock().pop().as_ref(), Some(home));
     }
 }
 
@@ -190,7 +191,7 @@ async fn what_was_tried_is_tried_again_only_when_nothing_else_is_left() {
         request.extensions_mut().insert(tried.clone());
         scene.ask(request).await.unwrap();
     }
-    let asked = scene.asked.lock().unwrap();
+    let asked = scene.asked.lock();
     assert_ne!(asked[0], asked[1], "{asked:?}");
     assert_eq!(asked.len(), 4, "then any");
 }

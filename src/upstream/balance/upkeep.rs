@@ -230,7 +230,7 @@ async fn check(member: Member, checker: Checker) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Mutex, PoisonError};
+    use parking_lot::Mutex;
 
     use super::{
         super::{Config, Endpoint},
@@ -265,7 +265,7 @@ mod tests {
         }
 
         fn settle(&self, members: &[Member]) {
-            self.settled.lock().unwrap_or_else(PoisonError::into_inner).push(names(members));
+            self.settled.lock().push(names(members));
         }
     }
 
@@ -277,7 +277,7 @@ mod tests {
     fn fickle(host: &str, port: u16) -> Lookup {
         static ASKED: Mutex<usize> = Mutex::new(0);
         assert_eq!((host, port), ("backend", 8000));
-        let mut asked = ASKED.lock().unwrap();
+        let mut asked = ASKED.lock();
         *asked += 1;
         let answer = match *asked {
             1 => Ok(vec![[10, 0, 0, 1]]),
@@ -313,7 +313,7 @@ mod tests {
         let (one, two) = (with_socket(&["10.0.0.1"]), with_socket(&["10.0.0.1", "10.0.0.2"]));
         let others = with_socket(&["10.0.0.3", "10.0.0.4"]);
         assert_eq!(seen, [&one, &two, &two, &two, &two, &others, &others].map(Clone::clone));
-        assert_eq!(*roster.settled.lock().unwrap(), [one, two, others]);
+        assert_eq!(*roster.settled.lock(), [one, two, others]);
         drop(upkeep);
         tokio::task::yield_now().await;
         assert_eq!(Arc::strong_count(&balancer), 1, "its tasks end with it");

@@ -5,7 +5,7 @@ use std::{
     future::poll_fn,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex},
+    sync::Arc,
     task::{Context, Poll},
 };
 
@@ -14,6 +14,7 @@ use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use parking_lot::Mutex;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -123,7 +124,7 @@ impl Recorder {
             match reading.join_next().await.unwrap() {
                 Ok((read, request)) => {
                     wire = read;
-                    kept.lock().unwrap().push(Recorded::Request(request));
+                    kept.lock().push(Recorded::Request(request));
                 }
                 Err(panic) => {
                     let why = match panic.into_panic().downcast::<String>() {
@@ -131,7 +132,7 @@ impl Recorder {
                         Err(_) => "unreadable".to_owned(),
                     };
                     let cut = ["the connection ended", "no reset"].iter().any(|ended| why.contains(ended));
-                    kept.lock().unwrap().push(if cut { Recorded::Cut } else { Recorded::Ambiguous(why) });
+                    kept.lock().push(if cut { Recorded::Cut } else { Recorded::Ambiguous(why) });
                     return;
                 }
             }
@@ -147,7 +148,7 @@ impl Recorder {
 
     /// All that it was asked so far and in full; panics where something was ambiguous.
     pub fn requests(&self) -> Vec<Message> {
-        let requests = self.requests.lock().unwrap().clone();
+        let requests = self.requests.lock().clone();
         requests
             .into_iter()
             .filter_map(|recorded| match recorded {

@@ -7,10 +7,11 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, mpsc},
     thread,
 };
 
+use parking_lot::Mutex;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -97,7 +98,7 @@ impl Proxy {
             let (lines, counted, ended) = (Arc::clone(&lines), counted.clone(), ended.clone());
             thread::spawn(move || {
                 for line in BufReader::new(output).lines().map_while(Result::ok) {
-                    let mut lines = lines.lock().unwrap();
+                    let mut lines = lines.lock();
                     lines.push(line);
                     counted.send_replace(lines.len());
                 }
@@ -130,6 +131,17 @@ impl Proxy {
     /// `GET path` on the first listener.
     pub async fn get(&self, path: &str) -> Message {
         self.ask(format!("GET {path} HTTP/1.1\r\nhost: sidegate.test\r\n\r\n")).await
+    }
+
+    /// `POST path` on the admin port.
+    pub async fn admin_post(&self, path: &str) -> Message {
+        self.admin_post_with(path, "").await
+    }
+
+    /// `POST path` on the admin port, with more header fields, each ended by a CRLF.
+    pub async fn admin_post_with(&self, path: &str, fields: &str) -> Message {
+        let request = format!("POST {path} HTTP/1.1\r\nhost: localhost\r\n{fields}content-length: 0\r\n\r\n");
+        Wire::ask(self.admin().await, request).await
     }
 
     /// `GET path` on the admin port.
@@ -183,7 +195,7 @@ impl Proxy {
 
     /// Everything that was logged so far.
     pub fn logged(&self) -> String {
-        self.log.lines.lock().unwrap().join("\n")
+        self.log.lines.lock().join("\n")
     }
 
     /// Memory that the process holds, in KiB.
@@ -251,7 +263,7 @@ impl Log {
             loop {
                 let now = *count.borrow_and_update();
                 while looked_at < now {
-                    let line = self.lines.lock().unwrap()[looked_at].clone();
+                    let line = self.lines.lock()[looked_at].clone();
                     looked_at += 1;
                     if let Ok(line) = serde_json::from_str(&line)
                         && is(&line)
@@ -260,7 +272,7 @@ impl Log {
                     }
                 }
                 if count.changed().await.is_err() && *count.borrow() == looked_at {
-                    let lines = self.lines.lock().unwrap().join("\n");
+                    let lines = self.lines.lock().join("\n");
                     panic!("the process ended without {what}; it wrote:\n{lines}");
                 }
             }
