@@ -10,9 +10,8 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
-
 use http::HeaderValue;
+use parking_lot::Mutex;
 
 use crate::{
     layers::{

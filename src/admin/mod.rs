@@ -29,9 +29,8 @@ mod upstreams;
 
 use std::{borrow::Cow, hint::black_box, net::IpAddr, sync::Arc};
 
-use parking_lot::{Mutex, MutexGuard};
-
 use http::{HeaderValue, Method, StatusCode, Uri, header, uri::Authority};
+use parking_lot::{Mutex, MutexGuard};
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{mpsc, oneshot},

@@ -8,9 +8,8 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
-
 use http::HeaderValue;
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
 /// The other end of a client's connection.

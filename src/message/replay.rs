@@ -16,11 +16,10 @@ use std::{
     task::{Context, Poll, Waker, ready},
 };
 
-use parking_lot::Mutex;
-
 use bytes::Bytes;
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use parking_lot::Mutex;
 
 use super::{Body, BoxError, Error, Kind};
 

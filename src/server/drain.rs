@@ -15,7 +15,6 @@ use std::{
 };
 
 use parking_lot::Mutex;
-
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Notify, futures::OwnedNotified, watch},

@@ -6,9 +6,8 @@
 
 use std::{fmt, fs, io, os::unix::fs::MetadataExt, sync::Arc, time::Duration};
 
-use parking_lot::Mutex;
-
 use arc_swap::ArcSwap;
+use parking_lot::Mutex;
 use rustls::{
     ServerConfig,
     crypto::{CryptoProvider, ring},

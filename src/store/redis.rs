@@ -22,8 +22,6 @@ use std::{
     },
 };
 
-use parking_lot::Mutex;
-
 use ::redis::{
     AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, ProtocolVersion, PushInfo, PushKind, RedisError,
     RedisResult, ServerErrorKind, TlsMode, ToRedisArgs, Value,
@@ -33,6 +31,7 @@ use ::redis::{
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use arc_swap::ArcSwapOption;
+use parking_lot::Mutex;
 use tokio::{
     sync::Notify,
     task::JoinSet,

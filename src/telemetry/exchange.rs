@@ -10,10 +10,9 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::{Mutex, MutexGuard};
-
 use http::{HeaderValue, Method, Uri};
 use http_body::Body as HttpBody;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use super::{

@@ -18,7 +18,6 @@ use std::{
 };
 
 use parking_lot::{Condvar, Mutex};
-
 use prometheus_client::metrics::counter::Counter;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

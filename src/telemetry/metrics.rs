@@ -10,9 +10,8 @@ use std::{
     time::Duration,
 };
 
-use parking_lot::Mutex;
-
 use http::StatusCode;
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},

@@ -8,7 +8,6 @@
 use std::{mem, time::Duration};
 
 use parking_lot::Mutex;
-
 use tokio::time::Instant;
 
 /// A stack of idle connections: the one used last is used next, so that the others may expire.

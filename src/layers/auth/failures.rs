@@ -3,7 +3,6 @@
 use std::{fmt, net::IpAddr, time::Duration};
 
 use parking_lot::Mutex;
-
 use tokio::time::Instant;
 
 use super::{Digest, recent::Recent};

@@ -64,9 +64,8 @@ use std::{
     time::SystemTime,
 };
 
-use parking_lot::Mutex;
-
 use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;

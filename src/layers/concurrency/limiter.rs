@@ -7,7 +7,6 @@
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
-
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{Config, adaptive::Gradient};

@@ -11,7 +11,6 @@
 use std::{sync::Arc, time::Duration};
 
 use parking_lot::{Mutex, MutexGuard};
-
 use tokio::time::Instant;
 
 /// What lies longer ago counts no more: 10 seconds, as with tower and Finagle.
