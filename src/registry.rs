@@ -20,6 +20,7 @@ use crate::{
         concurrency::{self, Limiter, Scope},
         hygiene::pseudonym,
         retry::Budget,
+        session,
     },
     message::BoxError,
     settings::{Settings, Upstream},
@@ -42,6 +43,7 @@ pub struct Registry {
     limiters: Mutex<HashMap<(Scope, String), Arc<Limiter>>>,
     balancers: Mutex<HashMap<String, Balancers>>,
     auth: auth::State,
+    sessions: session::State,
     redis: Mutex<Store>,
 }
 
@@ -117,6 +119,7 @@ impl Registry {
             limiters: Mutex::default(),
             balancers: Mutex::default(),
             auth: auth::State::default(),
+            sessions: session::State::default(),
             redis: Mutex::default(),
         }
     }
@@ -143,6 +146,12 @@ impl Registry {
     #[must_use]
     pub fn auth(&self) -> &auth::State {
         &self.auth
+    }
+
+    /// The sessions that are not in Redis.
+    #[must_use]
+    pub fn sessions(&self) -> &session::State {
+        &self.sessions
     }
 
     /// The client of an endpoint: the one that there is, with its connections, unless its settings changed.

@@ -32,6 +32,7 @@ use crate::{
         request_id::{RequestIdLayer, RequestIds},
         retry::RetryLayer,
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
+        session::SessionLayer,
         sse_error_event::SseErrorEventLayer,
         stream_start::StreamStartLayer,
         timeouts::{ClientBodyIdleLayer, FirstByteLayer, IdleLayer},
@@ -63,6 +64,8 @@ impl Stack {
     /// The first thing that cannot be set up, with its place. Nothing is left out because it could not be
     /// set up.
     pub fn build(settings: &Settings, registry: &Registry) -> Result<Self, BuildError> {
+        let redis = registry.redis(settings.redis.as_ref());
+        let redis = redis.map_err(|error| BuildError { key: "redis".to_owned(), error })?;
         let mut routes = Vec::with_capacity(settings.routes.len());
         for (index, own) in settings.routes.iter().enumerate() {
             let place = |key: &str, name: &str, error: BoxError| BuildError {
@@ -76,7 +79,10 @@ impl Stack {
             let auth = upstreams.policies.auth.as_ref();
             let auth = auth.map(|config| AuthLayer::build(config, &own.name(), registry.auth(), registry.metrics()));
             let auth = auth.transpose().map_err(|error| place("auth", &own.name(), error))?;
-            let gates = Gates { auth, limit };
+            let session = upstreams.policies.session.as_ref().map(|config| {
+                SessionLayer::new(config, &own.name(), registry.sessions(), redis.clone(), registry.metrics())
+            });
+            let gates = Gates { auth, session, limit };
             let service = match upstream {
                 Kind::Fixed(respond) => route(own, &upstreams.policies, settings, gates, None, respond),
                 Kind::Backend(backend) => {
@@ -91,7 +97,6 @@ impl Stack {
             };
             routes.push((own.matches.clone(), target));
         }
-        registry.redis(settings.redis.as_ref()).map_err(|error| BuildError { key: "redis".to_owned(), error })?;
         registry.retain(settings);
         Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
     }
@@ -151,6 +156,8 @@ impl fmt::Debug for Stack {
 /// Around all routes.
 fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
     let log = settings.log.access.then(|| registry.log().clone());
+    let log = AccessLogLayer::new(log, registry.metrics().clone());
+    let sessions = settings.routes.iter().any(|route| !route.policies(&settings.defaults).session.is_off());
     let limits = hygiene::Limits {
         headers: settings.limits.headers as usize,
         header_bytes: settings.limits.header_bytes.get(),
@@ -160,7 +167,7 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
         // Outermost, so that whatever happens inside has an id to be named by.
         .layer(RequestIdLayer::new(&settings.request_id))
         // Sees every answer, and the end of every body.
-        .layer(AccessLogLayer::new(log, registry.metrics().clone()))
+        .layer(if sessions { log.hiding_sessions() } else { log })
         // Outside of errors: sidegate's own answers carry them too.
         .layer(match &settings.defaults.security_headers {
             Toggle::On(config) => SecurityHeadersLayer::new(config),
@@ -179,6 +186,7 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
 /// What a request has to pass before a route's upstreams are asked, as far as it outlives a configuration.
 struct Gates {
     auth: Option<AuthLayer>,
+    session: Option<SessionLayer>,
     limit: Option<Arc<Limiter>>,
 }
 
@@ -213,6 +221,8 @@ fn route(
         .option_layer(errors)
         // Before anything is done or counted for whoever it is.
         .option_layer(gates.auth)
+        // Whose session it is, is known.
+        .option_layer(gates.session)
         .option_layer(heartbeat)
         .option_layer(sse_error_event)
         .option_layer(body_limit)

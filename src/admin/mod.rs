@@ -15,6 +15,9 @@
 //! | `GET /health/upstreams` | their health alone, with the last check |
 //! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads |
 //! | `POST /upstreams/{upstream}/undrain` | sends to it again |
+//! | `GET /sessions` | up to `?limit=` (100, at most 1000) sessions, of `?principal=` or all: the beginning of the digest of each, when it began and was last seen, whose it is. In a cluster, of all primaries. `complete` is false where there are more, or Redis took longer than 10 s |
+//! | `DELETE /sessions/{id}` | revokes one, by its `id` in the list; other replicas may take two seconds |
+//! | `DELETE /sessions` | revokes all of the principal in `?principal=`; again, where `complete` is false |
 //! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
 //!
 //! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
@@ -25,6 +28,7 @@
 mod breakers;
 pub mod health;
 mod redis;
+mod sessions;
 mod upstreams;
 
 use std::{borrow::Cow, hint::black_box, net::IpAddr, sync::Arc};
@@ -122,21 +126,20 @@ impl Admin {
                 "on a loopback address, `Host` is an address or `localhost`",
             );
         }
-        let Some((page, name)) = Page::of(request.uri().path()) else {
+        let found: Vec<_> = Page::of(request.uri().path()).collect();
+        if found.is_empty() {
             let paths: Vec<_> = Page::ALL.iter().map(|page| format!("{} {}", page.method(), page.path())).collect();
             let mut response = json!({ "title": "Not Found", "status": 404, "paths": paths });
             response["type"] = "about:blank".into();
             return answer(StatusCode::NOT_FOUND, &response);
-        };
-        let allowed =
-            page.method() == request.method() || page.method() == Method::GET && request.method() == Method::HEAD;
-        if !allowed {
-            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "see `Allow`");
-            let allow = if page.method() == Method::GET { "GET, HEAD" } else { "POST" };
-            response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(allow));
-            return response;
         }
-        if page.method() == Method::POST
+        let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
+        let Some((page, name)) = found.iter().copied().find(|(page, _)| page.method() == method) else {
+            let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "see `Allow`");
+            response.headers_mut().insert(header::ALLOW, allowed(found.iter().map(|(page, _)| *page)));
+            return response;
+        };
+        if page.method() != Method::GET
             && let Some(refusal) = self.refuse_change(&request)
         {
             return refusal;
@@ -174,6 +177,17 @@ impl Admin {
             Page::Drain | Page::Undrain => {
                 let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
                 match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, request.uri()) {
+                    Ok(now) => answer(StatusCode::OK, &now),
+                    Err((status, why)) => problem(status, why),
+                }
+            }
+            Page::Sessions | Page::RevokeSession | Page::RevokeSessions => {
+                let (state, redis) = (self.0.registry.sessions(), self.0.registry.redis_in_use());
+                let outcome = match page {
+                    Page::Sessions => sessions::list(state, redis.as_ref(), request.uri()).await,
+                    _ => sessions::revoke(state, redis.as_ref(), name, request.uri()).await,
+                };
+                match outcome {
                     Ok(now) => answer(StatusCode::OK, &now),
                     Err((status, why)) => problem(status, why),
                 }
@@ -300,11 +314,14 @@ enum Page {
     HealthOfRedis,
     Drain,
     Undrain,
+    Sessions,
+    RevokeSession,
+    RevokeSessions,
     Reload,
 }
 
 impl Page {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 17] = [
         Self::Live,
         Self::Ready,
         Self::Health,
@@ -318,16 +335,20 @@ impl Page {
         Self::HealthOfRedis,
         Self::Drain,
         Self::Undrain,
+        Self::Sessions,
+        Self::RevokeSession,
+        Self::RevokeSessions,
         Self::Reload,
     ];
 
-    /// The page at `path`, and what stands there for the name in its own.
-    fn of(path: &str) -> Option<(Self, &str)> {
-        Self::ALL.into_iter().find_map(|page| match page.path().split_once("{upstream}") {
+    /// The pages at `path`, one for each method, and what stands there for the name in braces in their own.
+    fn of(path: &str) -> impl Iterator<Item = (Self, &str)> {
+        Self::ALL.into_iter().filter_map(move |page| match page.path().split_once('{') {
             None => (page.path() == path).then_some((page, "")),
-            Some((before, after)) => {
+            Some((before, rest)) => {
+                let after = rest.split_once('}').map_or("", |(_, after)| after);
                 let name = path.strip_prefix(before)?.strip_suffix(after)?;
-                (!name.contains('/')).then_some((page, name))
+                (!name.is_empty() && !name.contains('/')).then_some((page, name))
             }
         })
     }
@@ -347,17 +368,30 @@ impl Page {
             Self::HealthOfRedis => "/health/redis",
             Self::Drain => "/upstreams/{upstream}/drain",
             Self::Undrain => "/upstreams/{upstream}/undrain",
+            Self::Sessions | Self::RevokeSessions => "/sessions",
+            Self::RevokeSession => "/sessions/{id}",
             Self::Reload => "/reload",
         }
     }
 
-    /// What changes something is asked for by POST, and needs the right to.
+    /// What changes something is asked for by POST or DELETE, and needs the right to.
     const fn method(self) -> Method {
         match self {
+            Self::RevokeSession | Self::RevokeSessions => Method::DELETE,
             Self::Reload | Self::ResetBreaker | Self::OpenBreaker | Self::Drain | Self::Undrain => Method::POST,
             _ => Method::GET,
         }
     }
+}
+
+/// The methods of the pages at one path.
+fn allowed(pages: impl Iterator<Item = Page>) -> HeaderValue {
+    let methods = pages.map(|page| match page.method() {
+        Method::GET => "GET, HEAD",
+        Method::DELETE => "DELETE",
+        _ => "POST",
+    });
+    HeaderValue::try_from(methods.collect::<Vec<_>>().join(", ")).expect("methods are visible ASCII")
 }
 
 /// The endpoint in the query `endpoint=ENDPOINT`, decoded; nothing where there is no query.

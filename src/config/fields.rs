@@ -69,6 +69,16 @@ impl FieldName {
     pub fn get(&self) -> &HeaderName {
         &self.0
     }
+
+    /// Whether the field may be used for what nobody but sidegate and its callers mean by it.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        use http::header::{
+            AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+        };
+        ![AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE]
+            .contains(&self.0)
+    }
 }
 
 impl FieldValue {

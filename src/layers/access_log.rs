@@ -40,7 +40,7 @@ use pin_project_lite::pin_project;
 use tower::{Layer, Service};
 
 use crate::{
-    message::{Body, BoxError},
+    message::{Body, BoxError, Session},
     telemetry::{
         Exchange, Metrics,
         log::{Writer, timestamp, write_timestamp},
@@ -59,6 +59,7 @@ struct Sinks {
     log: Option<Writer>,
     metrics: Metrics,
     unrouted: Arc<RouteMetrics>,
+    hides_sessions: bool,
 }
 
 impl AccessLogLayer {
@@ -67,7 +68,16 @@ impl AccessLogLayer {
     #[must_use]
     pub fn new(log: Option<Writer>, metrics: Metrics) -> Self {
         let unrouted = metrics.route("none");
-        Self { sinks: Arc::new(Sinks { log, metrics, unrouted }) }
+        Self { sinks: Arc::new(Sinks { log, metrics, unrouted, hides_sessions: false }) }
+    }
+
+    /// The same, where sidegate makes sessions: `session_id` is what it calls the one that it found, and never
+    /// what a client sent in `x-session-id`, which may be the credential of a session.
+    #[must_use]
+    pub fn hiding_sessions(self) -> Self {
+        let Sinks { log, metrics, unrouted, .. } = &*self.sinks;
+        let (log, metrics, unrouted) = (log.clone(), metrics.clone(), unrouted.clone());
+        Self { sinks: Arc::new(Sinks { log, metrics, unrouted, hides_sessions: true }) }
     }
 }
 
@@ -304,10 +314,11 @@ impl Drop for Entry {
         }
         let Some(log) = &self.sinks.log else { return };
         let asked = self.exchange.asked();
+        let shown = asked.session_id.as_ref().filter(|_| !self.sinks.hides_sessions).and_then(text);
         let line = Line {
             level: if facts.aborted_by == Some(AbortedBy::Sidegate) { "error" } else { "info" },
             request_id: asked.request_id.as_ref().and_then(text),
-            session_id: asked.session_id.as_ref().and_then(text),
+            session_id: facts.session.as_ref().map(Session::short).or(shown),
             trace_id: asked.traceparent.as_ref().and_then(trace_id),
             principal: facts.principal.as_deref(),
             client_ip: facts.client_ip,

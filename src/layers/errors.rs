@@ -32,7 +32,7 @@ use std::{
 use bytes::Bytes;
 use http::{
     HeaderName, HeaderValue, Request, Response, StatusCode,
-    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE},
+    header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE, RETRY_AFTER},
 };
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
@@ -195,8 +195,8 @@ impl About {
             let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
-        if let Some(challenge) = found.and_then(Error::challenge) {
-            headers.insert(WWW_AUTHENTICATE, challenge.clone());
+        for (name, value) in found.map(Error::fields).unwrap_or_default() {
+            headers.append(name, value.clone());
         }
         if self.http1 && kind.closes_connection() {
             headers.insert(CONNECTION, HeaderValue::from_static("close"));

@@ -14,6 +14,7 @@
 //! | [`heartbeat`] | | |
 //! | [`sse_error_event`] | `Exchange` (error, cause, what cut it) | `RequestId`, `Exchange` |
 //! | [`auth`] | `Principal`, `Exchange` (principal) | `Exchange` (client address), `Connection` |
+//! | [`session`] | `Session`, `Exchange` (session) | `Principal`, `Exchange` (https), `Connection` |
 //! | [`body_limit`] | | |
 //! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
 //! | [`deadline`] | `Deadline` | |
@@ -37,6 +38,7 @@ pub mod hygiene;
 pub mod request_id;
 pub mod retry;
 pub mod security_headers;
+pub mod session;
 pub mod sse_error_event;
 pub mod stream_start;
 pub mod timeouts;

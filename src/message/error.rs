@@ -2,7 +2,7 @@
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode, header::WWW_AUTHENTICATE};
 
 /// What a layer returns when it does not answer: usually an [`Error`], possibly inside a wrapping of its own.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
@@ -16,13 +16,13 @@ pub struct Error {
     kind: Kind,
     source: Option<BoxError>,
     retry_after: Option<Duration>,
-    challenge: Option<HeaderValue>,
+    fields: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl Error {
     /// An error whose cause is `source`.
     pub fn new(kind: Kind, source: impl Into<BoxError>) -> Self {
-        Self { kind, source: Some(source.into()), retry_after: None, challenge: None }
+        Self { source: Some(source.into()), ..Self::from(kind) }
     }
 
     /// The same, saying when it is worth to ask again.
@@ -34,9 +34,33 @@ impl Error {
 
     /// The same, saying in `WWW-Authenticate` which credentials would do (RFC 9110 §11.6.1).
     #[must_use]
-    pub fn with_challenge(mut self, challenge: HeaderValue) -> Self {
-        self.challenge = Some(challenge);
+    pub fn with_challenge(self, challenge: HeaderValue) -> Self {
+        self.with_field(WWW_AUTHENTICATE, challenge)
+    }
+
+    /// The same, with one more field for its response: for layers that add to every response, this one too.
+    #[must_use]
+    pub fn with_field(mut self, name: HeaderName, value: HeaderValue) -> Self {
+        self.fields.push((name, value));
         self
+    }
+
+    /// What will be answered for `error`: itself, or the one that it wraps, or [`Kind::Internal`].
+    #[must_use]
+    pub fn of(error: BoxError) -> Self {
+        match error.downcast() {
+            Ok(error) => *error,
+            Err(error) => {
+                let found = Self::find(&*error);
+                let of = Self {
+                    kind: found.map_or(Kind::Internal, Self::kind),
+                    source: None,
+                    retry_after: found.and_then(Self::retry_after),
+                    fields: found.map(|found| found.fields.clone()).unwrap_or_default(),
+                };
+                Self { source: Some(error), ..of }
+            }
+        }
     }
 
     /// What went wrong.
@@ -62,7 +86,13 @@ impl Error {
     /// What `WWW-Authenticate` says, where it is asked for.
     #[must_use]
     pub fn challenge(&self) -> Option<&HeaderValue> {
-        self.challenge.as_ref()
+        self.fields.iter().find(|(name, _)| name == WWW_AUTHENTICATE).map(|(_, value)| value)
+    }
+
+    /// Fields that its response has beside its own.
+    #[must_use]
+    pub fn fields(&self) -> &[(HeaderName, HeaderValue)] {
+        &self.fields
     }
 
     /// The `Error` in a chain of sources, however it was wrapped.
@@ -92,7 +122,7 @@ impl Error {
 
 impl From<Kind> for Error {
     fn from(kind: Kind) -> Self {
-        Self { kind, source: None, retry_after: None, challenge: None }
+        Self { kind, source: None, retry_after: None, fields: Vec::new() }
     }
 }
 
@@ -392,5 +422,18 @@ mod tests {
         let io = std::io::Error::other(Error::from(Kind::BodyTooLarge));
         assert_eq!(Error::find(&io).map(Error::kind), Some(Kind::BodyTooLarge));
         assert!(Error::find(&std::io::Error::other("other")).is_none());
+    }
+
+    #[test]
+    fn what_is_answered_for_an_error_says_what_the_error_inside_says() {
+        let field = (http::header::SET_COOKIE, HeaderValue::from_static("a=b"));
+        let inner = || Error::from(Kind::Overloaded).with_retry_after(Duration::from_secs(2));
+        let inner = || inner().with_field(field.0.clone(), field.1.clone());
+        for error in [BoxError::from(inner()), std::io::Error::other(inner()).into()] {
+            let of = Error::of(error);
+            assert_eq!((of.kind(), of.retry_after()), (Kind::Overloaded, Some(Duration::from_secs(2))));
+            assert_eq!(of.fields(), std::slice::from_ref(&field));
+        }
+        assert_eq!(Error::of("a bug".into()).kind(), Kind::Internal);
     }
 }

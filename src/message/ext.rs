@@ -123,6 +123,24 @@ pub struct Principal {
     pub tier: Option<Arc<str>>,
 }
 
+/// The session that a request belongs to.
+///
+/// Request extension. Written by `layers::session`; read by the layers that count or choose by session. What they make
+/// of it may be seen: it is not the id itself, which is a credential.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Session {
+    /// The SHA-256 digest of its id in 64 hexadecimal digits, with a domain of its own. Good for a key of a store.
+    pub id: Arc<str>,
+}
+
+impl Session {
+    /// The first 16 digits: what the log and the operator's port call it.
+    #[must_use]
+    pub fn short(&self) -> &str {
+        self.id.get(..16).unwrap_or(&self.id)
+    }
+}
+
 /// How long a tunnel (an upgraded connection) may be silent in both directions.
 ///
 /// Request extension. Written by `layers::timeouts` on requests that ask for an upgrade; read by

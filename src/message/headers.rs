@@ -1,10 +1,10 @@
 //! Names of header fields that the `http` crate does not have.
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 
 /// The correlation id: the same value upstream, in the response, in every log line and every error.
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// The session that a request belongs to, named by the client; logged.
+/// The session that a request belongs to: named by the client, and logged, unless sidegate makes the sessions itself.
 pub const X_SESSION_ID: HeaderName = HeaderName::from_static("x-session-id");
 /// W3C trace context.
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -22,3 +22,17 @@ pub const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffe
 pub const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 /// Connection-specific, never standardised.
 pub const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// Removes a field that only sidegate may say, in every spelling: CGI and WSGI write dash and underscore the same way,
+/// so that a backend could not tell the client's `x_principal_id` from ours.
+pub fn remove_alike(headers: &mut HeaderMap, own: &HeaderName) {
+    headers.remove(own);
+    let is_like = |name: &&HeaderName| {
+        let (name, own) = (name.as_str().as_bytes(), own.as_str().as_bytes());
+        let fold = |byte: u8| if byte == b'_' { b'-' } else { byte };
+        name.len() == own.len() && name.iter().zip(own).all(|(&a, &b)| fold(a) == fold(b))
+    };
+    while let Some(name) = headers.keys().find(is_like).cloned() {
+        headers.remove(name);
+    }
+}

@@ -14,7 +14,7 @@ mod service;
 pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
-    ext::{Connection, Deadline, Peer, Principal, RequestId, Tried, TunnelIdle, Undecided},
+    ext::{Connection, Deadline, Peer, Principal, RequestId, Session, Tried, TunnelIdle, Undecided},
     problem::Form,
     replay::Replay,
     service::{Chain, HttpService, ResponseFuture},

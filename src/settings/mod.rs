@@ -250,6 +250,7 @@ impl Settings {
         }
         problems.at("defaults.auth", |problems| self.defaults.auth.check(problems));
         problems.at("defaults.cors", |problems| self.defaults.cors.check(problems));
+        problems.at("defaults.session", |problems| self.defaults.session.check(problems));
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
         problems.at("defaults.concurrency", |problems| self.defaults.concurrency.check(problems));
@@ -316,6 +317,7 @@ impl Settings {
                 problems.at("match", |problems| route.matches.check(problems));
                 problems.at("auth", |problems| route.auth.iter().for_each(|auth| auth.check(problems)));
                 problems.at("cors", |problems| route.cors.iter().for_each(|cors| cors.check(problems)));
+                problems.at("session", |problems| route.session.iter().for_each(|session| session.check(problems)));
                 if let Some(concurrency) = &route.concurrency {
                     problems.at("concurrency", |problems| concurrency.check(problems));
                 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::Toggle,
-    layers::{auth, body_limit, concurrency, cors, errors, fallback, retry, security_headers, timeouts},
+    layers::{auth, body_limit, concurrency, cors, errors, fallback, retry, security_headers, session, timeouts},
     route::Match,
 };
 
@@ -21,6 +21,8 @@ pub struct Defaults {
     pub auth: Toggle<auth::Config>,
     /// Which pages of other origins may use the API. Default `off`: what the backend says about it is passed on.
     pub cors: Toggle<cors::Config>,
+    /// Which requests belong together. Default `off`: sidegate makes no sessions.
+    pub session: Toggle<session::Config>,
     /// How long sidegate waits, for what.
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
@@ -42,6 +44,7 @@ impl Default for Defaults {
             security_headers: Toggle::On(security_headers::Config::default()),
             auth: Toggle::Off,
             cors: Toggle::Off,
+            session: Toggle::Off,
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
             concurrency: Toggle::Off,
@@ -74,6 +77,9 @@ pub struct Route {
     /// Instead of `defaults.cors`; `off` leaves it to the backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cors: Option<Toggle<cors::Config>>,
+    /// Instead of `defaults.session`; `off` makes no sessions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<Toggle<session::Config>>,
     /// Instead of `defaults.timeouts`, without `client_header` and `keepalive`; `off` waits for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timeouts: Option<Toggle<timeouts::Config>>,
@@ -104,6 +110,7 @@ impl Route {
             security_headers: None,
             auth: None,
             cors: None,
+            session: None,
             timeouts: None,
             body_limit: None,
             concurrency: None,
@@ -137,6 +144,7 @@ impl Route {
             security_headers: self.security_headers.as_ref().unwrap_or(&defaults.security_headers).clone(),
             auth: self.auth.as_ref().unwrap_or(&defaults.auth).clone(),
             cors: self.cors.as_ref().unwrap_or(&defaults.cors).clone(),
+            session: self.session.as_ref().unwrap_or(&defaults.session).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
             concurrency: self.concurrency.as_ref().unwrap_or(&defaults.concurrency).clone(),
@@ -147,8 +155,18 @@ impl Route {
     }
     /// Writes out what it inherits. A `fixed` answer has no use for what mends failures.
     pub(super) fn complete(&mut self, defaults: &Defaults, fixed: bool) {
-        let Defaults { security_headers, auth, cors, timeouts, body_limit, concurrency, fallback, retry, errors } =
-            self.policies(defaults);
+        let Defaults {
+            security_headers,
+            auth,
+            cors,
+            session,
+            timeouts,
+            body_limit,
+            concurrency,
+            fallback,
+            retry,
+            errors,
+        } = self.policies(defaults);
         *self = Self {
             name: Some(self.name()).filter(|name| is_route_name(name)),
             matches: mem::take(&mut self.matches),
@@ -156,6 +174,7 @@ impl Route {
             security_headers: Some(security_headers),
             auth: Some(auth),
             cors: Some(cors),
+            session: Some(session),
             timeouts: Some(Toggle::On(timeouts)),
             body_limit: Some(body_limit),
             concurrency: Some(concurrency),

@@ -22,7 +22,7 @@ pub use ::redis::{FromRedisValue, ToRedisArgs};
 
 pub use self::{
     config::Config,
-    redis::{Figures, Redis, State},
+    redis::{Figures, Redis, State, Walk},
     scripts::Script,
 };
 
@@ -61,6 +61,11 @@ impl Key {
         key.push_str("}:");
         key.push_str(rest);
         Self(key)
+    }
+
+    /// The beginning of the names of `kind`, and, as far as it is given, of their tags.
+    fn beginning(prefix: &str, kind: &str, tag: &str) -> String {
+        format!("{prefix}:{VERSION}:{kind}:{{{tag}")
     }
 
     /// As Redis knows it.

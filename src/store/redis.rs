@@ -28,6 +28,7 @@ use ::redis::{
     aio::{ConnectionLike, MultiplexedConnection},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
+    cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo, SingleNodeRoutingInfo},
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use arc_swap::ArcSwapOption;
@@ -287,6 +288,13 @@ impl Redis {
         self.send("delete", &command).await
     }
 
+    /// A walk over all keys of `kind` whose tags begin with `tag`: letters, digits, or nothing.
+    #[must_use]
+    pub fn walk(&self, kind: &'static str, tag: &str) -> Walk {
+        let beginning = Key::beginning(&self.0.shared.resolved.config.prefix, kind, tag);
+        Walk { beginning, left: vec![(None, 0)] }
+    }
+
     async fn send<T: FromRedisValue>(&self, what: &'static str, command: &Cmd) -> Result<T, Failure> {
         self.0.shared.call(what, async |connection| connection.send(command).await).await
     }
@@ -320,6 +328,73 @@ impl Redis {
             addresses: shared.resolved.config.url.iter().map(super::config::Address::name).collect(),
         }
     }
+}
+
+/// A walk over keys, a step at a time, for operators: Redis looks at all keys that it has, and not only at those that are
+/// meant. What is there from beginning to end is met at least once, what comes or goes meanwhile perhaps.
+#[derive(Debug)]
+pub struct Walk {
+    beginning: String,
+    /// Where to go on, by node and cursor. A node is none where there is but one, and where the nodes are not known yet.
+    left: Vec<(Option<(String, u16)>, u64)>,
+}
+
+impl Walk {
+    /// Keys that one step looks at: about a millisecond of Redis' time.
+    const STEP: usize = 1000;
+
+    /// Whether there is nothing left.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.left.is_empty()
+    }
+
+    /// The keys of the next step, which may be none before the end. In a cluster, those of all primaries at first, and then
+    /// of one after the other.
+    ///
+    /// # Errors
+    /// See [`Failure`]. The step may be tried again.
+    pub async fn step(&mut self, redis: &Redis) -> Result<Vec<Key>, Failure> {
+        let Some((node, cursor)) = self.left.last().cloned() else { return Ok(Vec::new()) };
+        let mut command = ::redis::cmd("SCAN");
+        command.arg(cursor).arg("MATCH").arg(format!("{}*", self.beginning)).arg("COUNT").arg(Self::STEP);
+        let answer: Value = redis
+            .0
+            .shared
+            .call("scan", async |connection| match connection {
+                Connection::Single(_) => connection.send(&command).await,
+                Connection::Cluster(cluster) => {
+                    let to = match node.clone() {
+                        None => RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None)),
+                        Some((host, port)) => RoutingInfo::SingleNode(SingleNodeRoutingInfo::ByAddress { host, port }),
+                    };
+                    cluster.route_command(command.clone(), to).await?.extract_error()
+                }
+            })
+            .await?;
+        let scanned = match answer {
+            Value::Map(nodes) => nodes.into_iter().map(|(name, answer)| (address(&name), answer)).collect(),
+            answer => vec![(node, answer)],
+        };
+        self.left.pop();
+        let mut keys = Vec::new();
+        for (node, answer) in scanned {
+            let (cursor, found): (u64, Vec<String>) =
+                FromRedisValue::from_redis_value(answer).map_err(|_| Failure::Refused)?;
+            if cursor != 0 {
+                self.left.push((node, cursor));
+            }
+            keys.extend(found.into_iter().filter(|key| key.starts_with(&self.beginning)).map(Key));
+        }
+        Ok(keys)
+    }
+}
+
+/// The address of a node, as the crate names it.
+fn address(name: &Value) -> Option<(String, u16)> {
+    let name: String = FromRedisValue::from_redis_value_ref(name).ok()?;
+    let (host, port) = name.rsplit_once(':')?;
+    Some((host.to_owned(), port.parse().ok()?))
 }
 
 fn millis(ttl: Duration) -> u64 {

@@ -20,14 +20,14 @@ use super::{
     metrics::{AbortedBy, RouteMetrics},
 };
 use crate::message::{
-    Error, Fault, Kind, RequestId,
+    Error, Fault, Kind, RequestId, Session,
     headers::{TRACEPARENT, X_SESSION_ID},
 };
 
 /// What the layers learn about one request while it passes, for the log line and the samples at its end.
 ///
-/// Request extension. Written by `layers::hygiene` (client address), `layers::auth` (principal), `route` (route), `upstream::client`
-/// (upstream, endpoint), `layers::errors` and the bodies that cut a stream (what ended it); read by
+/// Request extension. Written by `layers::hygiene` (client address), `layers::auth` (principal), `layers::session`
+/// (session), `route` (route), `upstream::client` (upstream, endpoint), `layers::errors` and the bodies that cut a stream (what ended it); read by
 /// `layers::access_log` when the exchange is over, however it ended, and by `layers::errors`.
 #[derive(Debug, Clone)]
 pub struct Exchange(Arc<Shared>);
@@ -67,6 +67,8 @@ pub struct Facts {
     pub https: bool,
     /// Who asks: the id of its principal.
     pub principal: Option<Arc<str>>,
+    /// The session that the request belongs to, where sidegate makes them.
+    pub session: Option<Session>,
     /// The route that matched, with its samples.
     pub route: Option<Arc<RouteMetrics>>,
     /// The upstream that the route names.

@@ -55,6 +55,7 @@ struct Families {
     retries: Family<Retried, Counter>,
     not_retried: Family<NotRetried, Counter>,
     auth: Family<RouteOutcome, Counter>,
+    sessions: Family<RouteOutcome, Counter>,
     fallbacks: Family<FellBack, Counter>,
     no_fallbacks: Family<NoFallback, Counter>,
     breaker_state: Family<Endpoint, Gauge>,
@@ -244,6 +245,21 @@ pub struct AuthMetrics {
     pub unavailable: Counter,
 }
 
+/// Samples of the sessions of one route, found once at load.
+#[derive(Debug, Clone)]
+pub struct SessionMetrics {
+    /// Requests of a session that is kept.
+    pub known: Counter,
+    /// Requests without a session, which began one.
+    pub new: Counter,
+    /// Requests with one that is not kept, which began another.
+    pub unknown: Counter,
+    /// Requests with one of another principal, which began another.
+    pub foreign: Counter,
+    /// Requests whose session is not kept, because the store is out of order.
+    pub unkept: Counter,
+}
+
 /// Samples of one endpoint of an upstream, found once at load.
 #[derive(Debug, Clone)]
 pub struct EndpointMetrics {
@@ -376,6 +392,7 @@ impl Metrics {
             retries: Family::default(),
             not_retried: Family::default(),
             auth: Family::default(),
+            sessions: Family::default(),
             fallbacks: Family::default(),
             no_fallbacks: Family::default(),
             breaker_state: Family::default(),
@@ -417,6 +434,7 @@ impl Metrics {
         let help = "Failures that were not tried again although they might have been, by reason";
         all.register("retries_not_made", help, f.not_retried.clone());
         all.register("auth", "Requests of routes with auth, by outcome", f.auth.clone());
+        all.register("sessions", "Requests of routes with sessions, by outcome", f.sessions.clone());
         all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
         let help = "Fallbacks that a request could not be sent to, by reason";
         all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
@@ -500,6 +518,22 @@ impl Metrics {
             forbidden: counter("forbidden"),
             throttled: counter("throttled"),
             unavailable: counter("unavailable"),
+        }
+    }
+
+    /// The samples of the sessions of a route.
+    #[must_use]
+    pub fn sessions(&self, route: &str) -> SessionMetrics {
+        let counter = |outcome| {
+            let labels = RouteOutcome { route: route.to_owned(), outcome };
+            self.0.families.sessions.get_or_create(&labels).clone()
+        };
+        SessionMetrics {
+            known: counter("known"),
+            new: counter("new"),
+            unknown: counter("unknown"),
+            foreign: counter("foreign"),
+            unkept: counter("unkept"),
         }
     }
 

@@ -27,6 +27,7 @@ mod retry;
 mod robustness;
 mod routing;
 mod server;
+mod session;
 mod smuggling;
 mod sse;
 mod streaming;

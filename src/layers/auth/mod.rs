@@ -81,7 +81,7 @@ use self::{
 };
 use crate::{
     config::{Check, Problems, Rate, Toggle, fields::FieldName},
-    message::{BoxError, Connection, Error, Kind, Principal},
+    message::{BoxError, Connection, Error, Kind, Principal, headers::remove_alike},
     telemetry::{Exchange, Metrics, metrics::AuthMetrics},
 };
 
@@ -201,7 +201,7 @@ impl Check for Config {
                 if keys.header.is_off() && !keys.bearer && self.query.is_none() {
                     problems.add("", "has neither `header` nor `bearer`: no request could show a key");
                 }
-                if keys.header.as_ref().is_some_and(|header| !is_free(header.get()) || *header.get() == "cookie") {
+                if keys.header.as_ref().is_some_and(|header| !header.is_free() || *header.get() == "cookie") {
                     problems.add("header", "is a field that has another meaning: name one of its own, as `x-api-key`");
                 }
             });
@@ -215,7 +215,7 @@ impl Check for Config {
         problems.at("principal_headers", |problems| {
             let PrincipalHeaders { id, tier } = &self.principal_headers;
             for (key, name) in [("id", id), ("tier", tier)] {
-                if name.as_ref().is_some_and(|name| !is_free(name.get())) {
+                if name.as_ref().is_some_and(|name| !name.is_free()) {
                     problems.add(key, "is a field that has another meaning: name one of its own, as `x-principal-id`");
                 }
             }
@@ -229,15 +229,6 @@ impl Check for Config {
             problems.add("realm", "must be text of ASCII without `\"` and `\\`");
         }
     }
-}
-
-/// Whether a field may be used for what nobody but sidegate and its callers mean by it.
-fn is_free(name: &HeaderName) -> bool {
-    use http::header::{
-        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
-    };
-    ![AUTHORIZATION, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE]
-        .contains(name)
 }
 
 impl Config {
@@ -538,16 +529,7 @@ impl Gate {
     /// Removes what only we may say.
     fn remove_principal(&self, headers: &mut HeaderMap) {
         for own in self.id_header.iter().chain(&self.tier_header) {
-            headers.remove(own);
-            // CGI and WSGI write dash and underscore the same way.
-            let is_like = |name: &&HeaderName| {
-                let (name, own) = (name.as_str().as_bytes(), own.as_str().as_bytes());
-                let fold = |byte: u8| if byte == b'_' { b'-' } else { byte };
-                name.len() == own.len() && name.iter().zip(own).all(|(&a, &b)| fold(a) == fold(b))
-            };
-            while let Some(name) = headers.keys().find(is_like).cloned() {
-                headers.remove(name);
-            }
+            remove_alike(headers, own);
         }
     }
 

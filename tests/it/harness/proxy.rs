@@ -144,6 +144,11 @@ impl Proxy {
         Wire::ask(self.admin().await, request).await
     }
 
+    /// `DELETE path` on the admin port.
+    pub async fn admin_delete(&self, path: &str) -> Message {
+        Wire::ask(self.admin().await, format!("DELETE {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await
+    }
+
     /// `GET path` on the admin port.
     pub async fn admin_get(&self, path: &str) -> Message {
         Wire::ask(self.admin().await, format!("GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await
