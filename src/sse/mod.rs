@@ -1,8 +1,10 @@
 //! Server-sent events (WHATWG HTML §9.2), looked at and never changed.
 //!
 //! What passes through sidegate passes in the frames in which it came; nothing here takes an event stream apart and
-//! puts it together again. Two questions are answered beside the stream: what kind of event has just ended
-//! ([`Scanner`]), and whether something may be said at this place without breaking into an event ([`Boundary`]).
+//! puts it together again. Three questions are answered beside the stream: what kind of event has just ended
+//! ([`Scanner`]), whether something may be said at this place without breaking into an event ([`Boundary`]), and how
+//! many tokens a model server reports ([`Meter`]). One event may be taken out: the report that sidegate has asked for
+//! and the client has not ([`UsageFilter`]).
 //!
 //! ```
 //! use sidegate::sse::{Boundary, Event, Scanner};
@@ -24,6 +26,7 @@
 
 mod boundary;
 mod scanner;
+mod usage;
 
 use http::{
     HeaderMap,
@@ -33,6 +36,7 @@ use http::{
 pub use self::{
     boundary::Boundary,
     scanner::{Event, Scanner},
+    usage::{Frames, Meter, Usage, UsageFilter},
 };
 
 /// U+FEFF in UTF-8, which is ignored where a stream begins with it, and only there.
@@ -53,8 +57,12 @@ pub fn is_event_stream(headers: &HeaderMap) -> bool {
 /// coding, inside of which nobody can see where an event ends.
 #[must_use]
 pub fn is_readable(headers: &HeaderMap) -> bool {
-    let plain = |value: &http::HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"identity");
-    is_event_stream(headers) && headers.get_all(CONTENT_ENCODING).iter().all(plain)
+    is_event_stream(headers) && is_plain(headers)
+}
+
+/// Whether a body with these headers has no content coding.
+fn is_plain(headers: &HeaderMap) -> bool {
+    headers.get_all(CONTENT_ENCODING).iter().all(|value| value.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
 /// Whether something may be said between the events of `response`: it is an event stream that [can be

@@ -1,0 +1,155 @@
+//! An event stream in pieces: what of it is data, and where events end.
+
+use std::mem;
+
+use super::{
+    super::BYTE_ORDER_MARK,
+    bytes::{Short, run},
+};
+
+/// What has just been read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Piece<'a> {
+    /// A part of the event's data.
+    Data(&'a [u8]),
+    /// The event has ended; a `\n` after `\r` may still [follow](Pieces::skip_line_end).
+    End {
+        /// Its type is `error`.
+        is_error: bool,
+    },
+}
+
+/// Follows §9.2.5 and §9.2.6 as [`Scanner`](super::super::Scanner) does, but keeps nothing of what passes.
+#[derive(Debug, Clone)]
+pub(super) struct Pieces {
+    /// What is still to come of a byte order mark; nothing once that question is over.
+    mark: &'static [u8],
+    /// The `\n` that may come next belongs to the line before.
+    after_return: bool,
+    place: Place,
+    /// What there is of a name, or of an event's type: as much as tells `event` and `error` from others.
+    text: Short<5>,
+    is_error: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Within the name of a field, or before it.
+    Name,
+    /// After the colon, where a space does not count.
+    Colon(Field),
+    Value(Field),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Data,
+    Type,
+    Other,
+}
+
+impl Pieces {
+    pub(super) const fn new() -> Self {
+        Self { mark: &BYTE_ORDER_MARK, after_return: false, place: Place::Name, text: Short::new(), is_error: false }
+    }
+
+    /// Whether a `\n` that comes next belongs to the line before.
+    pub(super) const fn is_after_return(&self) -> bool {
+        self.after_return
+    }
+
+    /// Passes over a `\n` that belongs to the line before.
+    pub(super) fn skip_line_end(&mut self, bytes: &mut &[u8]) {
+        if let Some(first) = bytes.first()
+            && mem::take(&mut self.after_return)
+            && *first == b'\n'
+        {
+            *bytes = &bytes[1..];
+        }
+    }
+
+    /// Reads on until there is a piece, and takes what it has read off `bytes`; `None` when all is read.
+    pub(super) fn next<'a>(&mut self, bytes: &mut &'a [u8]) -> Option<Piece<'a>> {
+        self.skip_mark(bytes);
+        loop {
+            self.skip_line_end(bytes);
+            let (&first, rest) = bytes.split_first()?;
+            match (self.place, first) {
+                (Place::Name, b':') => {
+                    *bytes = rest;
+                    self.place = Place::Colon(self.field());
+                }
+                (Place::Colon(field), b' ') => {
+                    *bytes = rest;
+                    self.place = Place::Value(field);
+                }
+                (Place::Colon(field), _) => self.place = Place::Value(field),
+                (_, b'\n' | b'\r') => {
+                    *bytes = rest;
+                    self.after_return = first == b'\r';
+                    if let Some(piece) = self.end_line() {
+                        return Some(piece);
+                    }
+                }
+                (Place::Name, _) => {
+                    let (name, rest) = bytes.split_at(run(bytes, |byte| matches!(byte, b':' | b'\n' | b'\r')));
+                    *bytes = rest;
+                    self.text.extend(name);
+                }
+                (Place::Value(field), _) => {
+                    let (value, rest) = bytes.split_at(run(bytes, |byte| matches!(byte, b'\n' | b'\r')));
+                    *bytes = rest;
+                    match field {
+                        Field::Data => return Some(Piece::Data(value)),
+                        Field::Type => self.text.extend(value),
+                        Field::Other => {}
+                    }
+                }
+            }
+        }
+    }
+
+    /// Passes over a byte order mark, which may come in pieces.
+    fn skip_mark(&mut self, bytes: &mut &[u8]) {
+        while let ([expected, left @ ..], Some((first, rest))) = (self.mark, bytes.split_first()) {
+            if first == expected {
+                (self.mark, *bytes) = (left, rest);
+            } else {
+                // What looked like one begins the first name.
+                self.text.extend(&BYTE_ORDER_MARK[..BYTE_ORDER_MARK.len() - self.mark.len()]);
+                self.mark = &[];
+            }
+        }
+    }
+
+    /// Which field it is whose name has ended.
+    fn field(&mut self) -> Field {
+        let field = match self.text.get() {
+            Some(b"data") => Field::Data,
+            Some(b"event") => Field::Type,
+            _ => Field::Other,
+        };
+        self.text.clear();
+        field
+    }
+
+    /// Ends a line. The end of one of data is data itself if more data follows: it comes with the line that ends, for
+    /// white space at the end of a JSON text does not matter.
+    fn end_line(&mut self) -> Option<Piece<'static>> {
+        let field = match mem::replace(&mut self.place, Place::Name) {
+            Place::Name if self.text.first().is_none() => {
+                return Some(Piece::End { is_error: mem::take(&mut self.is_error) });
+            }
+            // A name without a colon has an empty value.
+            Place::Name => self.field(),
+            Place::Colon(field) | Place::Value(field) => field,
+        };
+        match field {
+            Field::Data => return Some(Piece::Data(b"\n")),
+            Field::Type => self.is_error = self.text.get() == Some(b"error"),
+            Field::Other => {}
+        }
+        self.text.clear();
+        None
+    }
+}
