@@ -19,6 +19,7 @@ use crate::{
         circuit_breaker::{self, Breaker},
         concurrency::{self, Limiter, Scope},
         hygiene::pseudonym,
+        rate_limit,
         retry::Budget,
         session,
     },
@@ -44,6 +45,8 @@ pub struct Registry {
     balancers: Mutex<HashMap<String, Balancers>>,
     auth: auth::State,
     sessions: session::State,
+    rate_limits: rate_limit::State,
+    gates: Mutex<Vec<Arc<rate_limit::Gate>>>,
     redis: Mutex<Store>,
 }
 
@@ -120,6 +123,8 @@ impl Registry {
             balancers: Mutex::default(),
             auth: auth::State::default(),
             sessions: session::State::default(),
+            rate_limits: rate_limit::State::default(),
+            gates: Mutex::default(),
             redis: Mutex::default(),
         }
     }
@@ -152,6 +157,23 @@ impl Registry {
     #[must_use]
     pub fn sessions(&self) -> &session::State {
         &self.sessions
+    }
+
+    /// What rate limits have counted.
+    #[must_use]
+    pub fn rate_limits(&self) -> &rate_limit::State {
+        &self.rate_limits
+    }
+
+    /// Lets these rate limits be those that hold.
+    pub fn hold_gates(&self, gates: Vec<Arc<rate_limit::Gate>>) {
+        *self.gates.lock() = gates;
+    }
+
+    /// The rate limits that hold, of each route that has any.
+    #[must_use]
+    pub fn gates(&self) -> Vec<Arc<rate_limit::Gate>> {
+        self.gates.lock().clone()
     }
 
     /// The client of an endpoint: the one that there is, with its connections, unless its settings changed.

@@ -29,6 +29,7 @@ use crate::{
         fallback::{self, FallbackLayer},
         heartbeat::HeartbeatLayer,
         hygiene::{self, Hygiene, HygieneLayer},
+        rate_limit::{RateLimitLayer, headers},
         request_id::{RequestIdLayer, RequestIds},
         retry::RetryLayer,
         security_headers::{SecurityHeaders, SecurityHeadersLayer},
@@ -67,6 +68,7 @@ impl Stack {
         let redis = registry.redis(settings.redis.as_ref());
         let redis = redis.map_err(|error| BuildError { key: "redis".to_owned(), error })?;
         let mut routes = Vec::with_capacity(settings.routes.len());
+        let mut limits = Vec::new();
         for (index, own) in settings.routes.iter().enumerate() {
             let place = |key: &str, name: &str, error: BoxError| BuildError {
                 key: format!("routes.{index}.{key} ({name})"),
@@ -82,7 +84,11 @@ impl Stack {
             let session = upstreams.policies.session.as_ref().map(|config| {
                 SessionLayer::new(config, &own.name(), registry.sessions(), redis.clone(), registry.metrics())
             });
-            let gates = Gates { auth, session, limit };
+            let rate_limit = upstreams.policies.rate_limit.as_ref().map(|config| {
+                RateLimitLayer::new(config, &own.name(), registry.rate_limits(), redis.as_ref(), registry.metrics())
+            });
+            limits.extend(rate_limit.as_ref().map(|layer| layer.gate().clone()));
+            let gates = Gates { auth, session, rate_limit, limit };
             let service = match upstream {
                 Kind::Fixed(respond) => route(own, &upstreams.policies, settings, gates, None, respond),
                 Kind::Backend(backend) => {
@@ -98,6 +104,7 @@ impl Stack {
             routes.push((own.matches.clone(), target));
         }
         registry.retain(settings);
+        registry.hold_gates(limits);
         Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
     }
 
@@ -187,6 +194,7 @@ fn front(settings: &Settings, registry: &Registry, routes: Routes) -> Front {
 struct Gates {
     auth: Option<AuthLayer>,
     session: Option<SessionLayer>,
+    rate_limit: Option<RateLimitLayer>,
     limit: Option<Arc<Limiter>>,
 }
 
@@ -200,7 +208,10 @@ fn route(
     upstream: HttpService,
 ) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
-    let cors = policies.cors.as_ref().map(|cors| CorsLayer::new(cors, [settings.request_id.header.get().clone()]));
+    let cors = policies.cors.as_ref().map(|cors| {
+        let told = [settings.request_id.header.get().clone()].into_iter().chain(headers::all());
+        CorsLayer::new(cors, told)
+    });
     // Its own form of errors; and what decorates responses must see its errors as responses.
     let decorates = headers.is_some() || cors.is_some();
     let errors = (decorates || policies.errors != settings.defaults.errors).then(|| {
@@ -227,6 +238,8 @@ fn route(
         .option_layer(sse_error_event)
         .option_layer(body_limit)
         .option_layer(client_body)
+        // Knows who asks, and what for; what waits or is tried again has been counted once.
+        .option_layer(gates.rate_limit)
         // Whoever waits for a place has not begun yet.
         .option_layer(gates.limit.map(ConcurrencyLayer::new))
         .option_layer(deadline)

@@ -11,6 +11,7 @@
 //! | `POST /circuit-breakers/{upstream}/reset` | closes those of all its endpoints, or of the one in `?endpoint=` |
 //! | `POST /circuit-breakers/{upstream}/open` | opens them until they are reset |
 //! | `GET /upstreams` | the endpoints that there is a choice of, or whose health is looked at: weight, health, requests in flight, average time to the first byte, circuit breaker |
+//! | `GET /rate-limits`, `GET /rate-limits/{rule}`, `DELETE /rate-limits/{rule}` | the rules; one counter, read or reset, by `key=VALUE` for each part of the rule's key, and `route=ROUTE` |
 //! | `GET /health/redis` | whether Redis is `up`, how long it took to answer, reconnects, calls in flight; `off` where it is switched off |
 //! | `GET /health/upstreams` | their health alone, with the last check |
 //! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads |
@@ -27,6 +28,7 @@
 
 mod breakers;
 pub mod health;
+mod rate_limits;
 mod redis;
 mod sessions;
 mod upstreams;
@@ -174,6 +176,18 @@ impl Admin {
             }
             Page::HealthOfUpstreams => answer(StatusCode::OK, &upstreams::list_health(&self.0.registry.balancers())),
             Page::HealthOfRedis => answer(StatusCode::OK, &self.redis()),
+            Page::RateLimits => answer(StatusCode::OK, &rate_limits::list(&self.0.registry.gates())),
+            Page::RateLimit | Page::ResetRateLimit => {
+                let gates = self.0.registry.gates();
+                let now = match page {
+                    Page::RateLimit => rate_limits::look(&gates, name, request.uri()).await,
+                    _ => rate_limits::reset(&gates, name, request.uri()).await,
+                };
+                match now {
+                    Ok(now) => answer(StatusCode::OK, &now),
+                    Err((status, why)) => problem(status, why),
+                }
+            }
             Page::Drain | Page::Undrain => {
                 let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
                 match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, request.uri()) {
@@ -312,6 +326,9 @@ enum Page {
     Upstreams,
     HealthOfUpstreams,
     HealthOfRedis,
+    RateLimits,
+    RateLimit,
+    ResetRateLimit,
     Drain,
     Undrain,
     Sessions,
@@ -321,7 +338,7 @@ enum Page {
 }
 
 impl Page {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 20] = [
         Self::Live,
         Self::Ready,
         Self::Health,
@@ -333,6 +350,9 @@ impl Page {
         Self::Upstreams,
         Self::HealthOfUpstreams,
         Self::HealthOfRedis,
+        Self::RateLimits,
+        Self::RateLimit,
+        Self::ResetRateLimit,
         Self::Drain,
         Self::Undrain,
         Self::Sessions,
@@ -366,6 +386,8 @@ impl Page {
             Self::Upstreams => "/upstreams",
             Self::HealthOfUpstreams => "/health/upstreams",
             Self::HealthOfRedis => "/health/redis",
+            Self::RateLimits => "/rate-limits",
+            Self::RateLimit | Self::ResetRateLimit => "/rate-limits/{rule}",
             Self::Drain => "/upstreams/{upstream}/drain",
             Self::Undrain => "/upstreams/{upstream}/undrain",
             Self::Sessions | Self::RevokeSessions => "/sessions",
@@ -377,7 +399,7 @@ impl Page {
     /// What changes something is asked for by POST or DELETE, and needs the right to.
     const fn method(self) -> Method {
         match self {
-            Self::RevokeSession | Self::RevokeSessions => Method::DELETE,
+            Self::ResetRateLimit | Self::RevokeSession | Self::RevokeSessions => Method::DELETE,
             Self::Reload | Self::ResetBreaker | Self::OpenBreaker | Self::Drain | Self::Undrain => Method::POST,
             _ => Method::GET,
         }

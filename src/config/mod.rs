@@ -4,6 +4,7 @@
 pub mod failure;
 pub mod fields;
 pub mod load;
+pub mod networks;
 pub mod problem;
 pub mod rate;
 pub mod units;
@@ -11,6 +12,7 @@ pub mod units;
 pub use self::{
     failure::Failure,
     load::{Sources, Tree},
+    networks::Networks,
     problem::{Check, Problem, Problems},
     rate::Rate,
     units::{ByteSize, HumanDuration, OneOrMany, Secret, Toggle},

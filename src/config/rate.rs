@@ -60,21 +60,32 @@ impl FromStr for Rate {
             return Err(wrong());
         }
         let count = count.parse().map_err(|_| wrong())?;
-        let per = match UNITS.iter().find(|(unit, _)| *unit == per) {
-            Some(&(_, seconds)) => HumanDuration::from_secs(seconds),
-            None => per.parse().map_err(|_| wrong())?,
-        };
-        if per < HumanDuration::from_millis(1) { Err(wrong()) } else { Ok(Self { count, per }) }
+        Ok(Self { count, per: read_per(per).ok_or_else(wrong)? })
     }
 }
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let unit = UNITS.iter().find(|&&(_, seconds)| self.per == HumanDuration::from_secs(seconds));
-        match unit {
-            Some((unit, _)) => write!(f, "{}/{unit}", self.count),
-            None => write!(f, "{}/{}", self.count, self.per),
-        }
+        write!(f, "{}/{}", self.count, shown_per(self.per))
+    }
+}
+
+/// The time after the `/` of a rate, at least a millisecond.
+#[must_use]
+pub fn read_per(text: &str) -> Option<HumanDuration> {
+    let per = match UNITS.iter().find(|(unit, _)| *unit == text) {
+        Some(&(_, seconds)) => HumanDuration::from_secs(seconds),
+        None => text.parse().ok()?,
+    };
+    (per >= HumanDuration::from_millis(1)).then_some(per)
+}
+
+/// As [`read_per`] reads it.
+#[must_use]
+pub fn shown_per(per: HumanDuration) -> Cow<'static, str> {
+    match UNITS.iter().find(|&&(_, seconds)| per == HumanDuration::from_secs(seconds)) {
+        Some((unit, _)) => (*unit).into(),
+        None => per.to_string().into(),
     }
 }
 

@@ -332,6 +332,8 @@ impl Drop for Entry {
             first_byte: facts.first_byte,
             bytes_in: received,
             bytes_out: sent,
+            tokens: facts.tokens,
+            rate_limited: facts.rate_limited.as_deref(),
             retries: facts.retries,
             fallback: facts.fallback,
             aborted_by: aborted_by.map(AbortedBy::as_str),
@@ -360,6 +362,8 @@ struct Line<'a> {
     first_byte: Option<Duration>,
     bytes_in: u64,
     bytes_out: u64,
+    tokens: Option<(u64, u64)>,
+    rate_limited: Option<&'a str>,
     retries: u32,
     fallback: bool,
     aborted_by: Option<&'static str>,
@@ -397,6 +401,11 @@ impl Line<'_> {
         }
         number(out, "bytes_in", self.bytes_in);
         number(out, "bytes_out", self.bytes_out);
+        if let Some((input, output)) = self.tokens {
+            number(out, "tokens_in", input);
+            number(out, "tokens_out", output);
+        }
+        field(out, "rate_limited", self.rate_limited);
         if self.retries > 0 {
             number(out, "retries", self.retries.into());
         }
@@ -419,6 +428,7 @@ impl Line<'_> {
             ("endpoint", self.endpoint),
             ("id", self.request_id),
             ("principal", self.principal),
+            ("rate_limited", self.rate_limited),
             ("aborted_by", self.aborted_by),
             ("error", self.error),
             ("cause", self.cause),

@@ -278,8 +278,7 @@ impl CorsLayer {
         let expose = if config.expose.iter().any(is_any) {
             ExposeHeaders::any()
         } else {
-            let limits = ["ratelimit", "ratelimit-policy"].map(HeaderName::from_static);
-            let mut exposed: Vec<_> = exposed.into_iter().chain([RETRY_AFTER]).chain(limits).collect();
+            let mut exposed: Vec<_> = exposed.into_iter().chain([RETRY_AFTER]).collect();
             exposed.extend(names(&config.expose));
             ExposeHeaders::list(exposed)
         };
@@ -460,7 +459,7 @@ mod tests {
         let allowed = asked(&config, "GET", &[APP]).await;
         assert_eq!(field(&allowed, "access-control-allow-origin"), "https://app.example.com");
         assert_eq!(field(&allowed, "access-control-allow-credentials"), "");
-        let exposed = "x-request-id,retry-after,ratelimit,ratelimit-policy,x-cost";
+        let exposed = "x-request-id,retry-after,x-cost";
         assert_eq!(field(&allowed, "access-control-expose-headers"), exposed);
         for origin in [&[("origin", "https://evil.example")][..], &[("origin", "null")], &[]] {
             let other = asked(&config, "GET", origin).await;

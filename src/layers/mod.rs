@@ -16,6 +16,7 @@
 //! | [`auth`] | `Principal`, `Exchange` (principal) | `Exchange` (client address), `Connection` |
 //! | [`session`] | `Session`, `Exchange` (session) | `Principal`, `Exchange` (https), `Connection` |
 //! | [`body_limit`] | | |
+//! | [`rate_limit`] | `Exchange` (rule, tunnel) | `Principal`, `Parameters`, `Exchange` (client address, bytes, tunnel) |
 //! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
 //! | [`deadline`] | `Deadline` | |
 //! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
@@ -35,6 +36,7 @@ pub mod errors;
 pub mod fallback;
 pub mod heartbeat;
 pub mod hygiene;
+pub mod rate_limit;
 pub mod request_id;
 pub mod retry;
 pub mod security_headers;

@@ -2,7 +2,7 @@
 
 use std::{error::Error as StdError, fmt, time::Duration};
 
-use http::{HeaderName, HeaderValue, StatusCode, header::WWW_AUTHENTICATE};
+use http::{HeaderName, HeaderValue, StatusCode};
 
 /// What a layer returns when it does not answer: usually an [`Error`], possibly inside a wrapping of its own.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
@@ -32,13 +32,8 @@ impl Error {
         self
     }
 
-    /// The same, saying in `WWW-Authenticate` which credentials would do (RFC 9110 §11.6.1).
-    #[must_use]
-    pub fn with_challenge(self, challenge: HeaderValue) -> Self {
-        self.with_field(WWW_AUTHENTICATE, challenge)
-    }
-
-    /// The same, with one more field for its response: for layers that add to every response, this one too.
+    /// The same, with a field that the answer will have, as `WWW-Authenticate` (RFC 9110 §11.6.1). One that it has by
+    /// itself is not replaced.
     #[must_use]
     pub fn with_field(mut self, name: HeaderName, value: HeaderValue) -> Self {
         self.fields.push((name, value));
@@ -83,13 +78,7 @@ impl Error {
         matches!(kind, None | Some(Kind::ConnectFailed | Kind::UpstreamReset | Kind::UpstreamTimeout))
     }
 
-    /// What `WWW-Authenticate` says, where it is asked for.
-    #[must_use]
-    pub fn challenge(&self) -> Option<&HeaderValue> {
-        self.fields.iter().find(|(name, _)| name == WWW_AUTHENTICATE).map(|(_, value)| value)
-    }
-
-    /// Fields that its response has beside its own.
+    /// Fields that the answer will have beside its own.
     #[must_use]
     pub fn fields(&self) -> &[(HeaderName, HeaderValue)] {
         &self.fields
@@ -172,6 +161,8 @@ pub enum Kind {
     Forbidden,
     /// The client asks, or guesses, too often.
     RateLimited,
+    /// What limits are counted in cannot be had.
+    RateLimitUnavailable,
     /// What credentials are verified with cannot be had.
     AuthUnavailable,
     /// The request's body is larger than the route allows.
@@ -221,6 +212,7 @@ impl Kind {
             Self::Unauthorized => "unauthorized",
             Self::Forbidden => "forbidden",
             Self::RateLimited => "rate-limited",
+            Self::RateLimitUnavailable => "rate-limit-unavailable",
             Self::AuthUnavailable => "auth-unavailable",
             Self::BodyTooLarge => "body-too-large",
             Self::ClientTimeout => "client-timeout",
@@ -253,9 +245,11 @@ impl Kind {
             Self::ClientTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::ConnectFailed | Self::UpstreamReset => StatusCode::BAD_GATEWAY,
             Self::UpstreamTimeout | Self::DeadlineExceeded => StatusCode::GATEWAY_TIMEOUT,
-            Self::AuthUnavailable | Self::CircuitOpen | Self::NoHealthyEndpoint | Self::Overloaded => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            Self::RateLimitUnavailable
+            | Self::AuthUnavailable
+            | Self::CircuitOpen
+            | Self::NoHealthyEndpoint
+            | Self::Overloaded => StatusCode::SERVICE_UNAVAILABLE,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Custom { status, .. } => status,
         }
@@ -273,6 +267,7 @@ impl Kind {
             Self::Unauthorized => "the request has no valid credential",
             Self::Forbidden => "the credential is not valid for this route",
             Self::RateLimited => "too many requests",
+            Self::RateLimitUnavailable => "limits cannot be counted at the moment",
             Self::AuthUnavailable => "credentials cannot be verified at the moment",
             Self::BodyTooLarge => "the request body is too large",
             Self::ClientTimeout => "the request body did not arrive in time",
@@ -304,7 +299,8 @@ impl Kind {
             | Self::ClientTimeout
             | Self::ClientReset => Fault::Client,
             // A service that we ask, if not the backend.
-            Self::AuthUnavailable
+            Self::RateLimitUnavailable
+            | Self::AuthUnavailable
             | Self::ConnectFailed
             | Self::UpstreamReset
             | Self::UpstreamTimeout
@@ -372,7 +368,7 @@ impl Kind {
             Self::Overloaded => "connection_limit_reached",
             Self::UpstreamReset => "http_response_incomplete",
             Self::UpstreamTimeout | Self::DeadlineExceeded => "http_response_timeout",
-            Self::Internal => "proxy_internal_error",
+            Self::Internal | Self::RateLimitUnavailable => "proxy_internal_error",
         }
     }
 
@@ -398,7 +394,8 @@ impl Kind {
             Self::Forbidden => PERMISSION_DENIED,
             Self::RateLimited | Self::BodyTooLarge => RESOURCE_EXHAUSTED,
             Self::ClientTimeout | Self::ClientReset => CANCELLED,
-            Self::AuthUnavailable
+            Self::RateLimitUnavailable
+            | Self::AuthUnavailable
             | Self::ConnectFailed
             | Self::UpstreamReset
             | Self::CircuitOpen

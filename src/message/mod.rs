@@ -6,6 +6,8 @@ mod error;
 mod ext;
 pub mod forwarded;
 pub mod headers;
+pub mod json;
+mod net;
 pub mod path;
 mod problem;
 mod replay;
@@ -15,6 +17,7 @@ pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
     ext::{Connection, Deadline, Peer, Principal, RequestId, Session, Tried, TunnelIdle, Undecided},
+    net::Net,
     problem::Form,
     replay::Replay,
     service::{Chain, HttpService, ResponseFuture},

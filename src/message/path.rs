@@ -66,6 +66,14 @@ impl Pattern {
         self.parts.iter().any(|part| matches!(part, Part::Parameter(_)))
     }
 
+    /// What it calls segments, in the order of the path.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().filter_map(|part| match part {
+            Part::Parameter(name) => Some(&**name),
+            Part::Literal { .. } => None,
+        })
+    }
+
     /// The segments of `path` that the pattern names, from the path's [`canonical`] form. `None` where the
     /// pattern names none, or does not match.
     #[must_use]

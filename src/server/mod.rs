@@ -234,6 +234,9 @@ const OPERATORS: usize = 256;
 /// How long an operator's connection may take to ask: silent ones must not keep the probes of an orchestrator out.
 const OPERATORS_HEADER: HumanDuration = HumanDuration::from_secs(5);
 
+/// How long the end waits for what is settled behind the last requests.
+const SETTLING: Duration = Duration::from_secs(1);
+
 /// Serves as `settings` say, until the process is asked to stop and has drained, or its connections were cut.
 /// Takes the process' signals and its log. Returns the guard of the log, to be dropped after the runtime: the lines
 /// of what the runtime's end cuts are written then.
@@ -278,6 +281,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         move |request| stack.load().call(request)
     };
     let (timing, certificates) = (front.timing(), front.certificates());
+    let ended = registry.clone();
     let reloads =
         Reloads { sources, settings, stack, registry, timing, shutdown: shutdown.clone(), certificates, admin };
     chores.spawn(reloads.run(asked)?);
@@ -286,6 +290,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         Outcome::Drained => info!("stopped"),
         Outcome::Cut(connections) => warn!(connections, "stopped, and cut connections"),
     }
+    ended.rate_limits().finish(SETTLING).await;
     Ok(guard)
 }
 

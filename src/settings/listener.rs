@@ -16,8 +16,7 @@ use serde::{
 
 use super::tls;
 use crate::{
-    config::{Check, Problems},
-    layers::hygiene::TrustedProxies,
+    config::{Check, Networks, Problems},
     message::Peer,
 };
 
@@ -156,7 +155,7 @@ pub enum ProxyProtocol {
     /// All do, whoever connects.
     Anyone,
     /// All do, and only these may connect.
-    From(TrustedProxies),
+    From(Networks),
 }
 
 impl ProxyProtocol {
@@ -165,7 +164,7 @@ impl ProxyProtocol {
     pub fn admits(&self, peer: Peer) -> bool {
         match self {
             Self::Off | Self::Anyone => true,
-            Self::From(peers) => peers.trusts(peer),
+            Self::From(peers) => peers.holds(peer),
         }
     }
 }
@@ -177,7 +176,7 @@ impl ProxyProtocol {
 struct Peers {
     /// Who may connect: addresses, networks, or `private` for loopback, private and link-local ones and Unix
     /// sockets.
-    from: TrustedProxies,
+    from: Networks,
 }
 
 impl<'de> Deserialize<'de> for ProxyProtocol {

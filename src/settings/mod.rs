@@ -29,7 +29,8 @@ pub use self::{
 };
 use crate::{
     config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{auth, fallback, hygiene, request_id},
+    layers::{auth, fallback, hygiene, rate_limit, request_id},
+    message::path::Pattern,
     store,
     telemetry::log,
 };
@@ -253,6 +254,7 @@ impl Settings {
         problems.at("defaults.session", |problems| self.defaults.session.check(problems));
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
+        check_rate_limit(tree, "defaults", Some(&self.defaults.rate_limit), None, problems);
         problems.at("defaults.concurrency", |problems| self.defaults.concurrency.check(problems));
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
@@ -343,6 +345,8 @@ impl Settings {
                     }
                 });
             });
+            let parameters: Vec<_> = route.matches.path.iter().flat_map(Pattern::names).collect();
+            check_rate_limit(tree, &format!("routes.{n}"), route.rate_limit.as_ref(), Some(&parameters), problems);
             self.check_fallback_of(n, route, tree, problems);
         }
     }
@@ -394,6 +398,20 @@ impl Settings {
     fn is_fixed(&self, name: &str) -> bool {
         self.upstreams.get(name).is_some_and(|upstream| upstream.respond.is_some())
     }
+}
+
+/// What is wrong with the rate limits at `place`, which are those of a route with these `parameters`, or of any.
+fn check_rate_limit(
+    tree: &Tree,
+    place: &str,
+    limits: Option<&Toggle<rate_limit::Config>>,
+    parameters: Option<&[&str]>,
+    problems: &mut Problems,
+) {
+    let Some(Toggle::On(config)) = limits else { return };
+    let place = format!("{place}.rate_limit");
+    let list = if tree.has(&format!("{place}.rules")) { "rules." } else { "" };
+    problems.at(place, |problems| config.check(list, parameters, problems));
 }
 
 /// Adds that there is no upstream `name`, which stands at `key`, if there is none. That there is none at all was said.

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::Toggle,
-    layers::{auth, body_limit, concurrency, cors, errors, fallback, retry, security_headers, session, timeouts},
+    layers::{
+        auth, body_limit, concurrency, cors, errors, fallback, rate_limit, retry, security_headers, session, timeouts,
+    },
     route::Match,
 };
 
@@ -27,6 +29,8 @@ pub struct Defaults {
     pub timeouts: timeouts::Config,
     /// How large a request's body may be. Default `off`.
     pub body_limit: Toggle<body_limit::Config>,
+    /// How much each may use. Default `off`.
+    pub rate_limit: Toggle<rate_limit::Config>,
     /// How many requests of a route may be in flight, and how many may wait. Each route counts its own. Default `off`.
     pub concurrency: Toggle<concurrency::Config>,
     /// The upstreams that step in where the route's own failed, in this order: a list, or a section with the list in
@@ -47,6 +51,7 @@ impl Default for Defaults {
             session: Toggle::Off,
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
+            rate_limit: Toggle::Off,
             concurrency: Toggle::Off,
             fallback: Toggle::Off,
             retry: Toggle::Off,
@@ -86,6 +91,9 @@ pub struct Route {
     /// Instead of `defaults.body_limit`; `off` sets none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub body_limit: Option<Toggle<body_limit::Config>>,
+    /// Instead of `defaults.rate_limit`; `off` sets no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<Toggle<rate_limit::Config>>,
     /// Instead of `defaults.concurrency`; `off` sets no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<Toggle<concurrency::Config>>,
@@ -113,6 +121,7 @@ impl Route {
             session: None,
             timeouts: None,
             body_limit: None,
+            rate_limit: None,
             concurrency: None,
             fallback: None,
             retry: None,
@@ -147,6 +156,7 @@ impl Route {
             session: self.session.as_ref().unwrap_or(&defaults.session).clone(),
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
+            rate_limit: self.rate_limit.as_ref().unwrap_or(&defaults.rate_limit).clone(),
             concurrency: self.concurrency.as_ref().unwrap_or(&defaults.concurrency).clone(),
             fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
             retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
@@ -162,6 +172,7 @@ impl Route {
             session,
             timeouts,
             body_limit,
+            rate_limit,
             concurrency,
             fallback,
             retry,
@@ -177,6 +188,7 @@ impl Route {
             session: Some(session),
             timeouts: Some(Toggle::On(timeouts)),
             body_limit: Some(body_limit),
+            rate_limit: Some(rate_limit),
             concurrency: Some(concurrency),
             fallback: Some(if fixed { Toggle::Off } else { fallback }),
             retry: Some(if fixed { Toggle::Off } else { retry }),

@@ -16,7 +16,7 @@ pub mod memory;
 pub mod redis;
 pub mod scripts;
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 pub use ::redis::{FromRedisValue, ToRedisArgs};
 
@@ -32,9 +32,9 @@ const VERSION: &str = "1";
 /// The longest `PREFIX` in bytes.
 const MAX_PREFIX: usize = 64;
 
-/// The name of something in Redis: `PREFIX:VERSION:KIND:{TAG}:REST`.
+/// The name of something in Redis: `PREFIX:VERSION:KIND:{TAG}:REST`. Cheap to clone.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Key(String);
+pub struct Key(Arc<str>);
 
 impl Key {
     /// `kind` says whose it is, as in `limit`. What has the same `tag` is on one node of a cluster. `rest` may hold
@@ -60,7 +60,13 @@ impl Key {
         }
         key.push_str("}:");
         key.push_str(rest);
-        Self(key)
+        Self(key.into())
+    }
+
+    /// The name of `rest` below this one, which it stands right behind: for who makes many that begin alike.
+    #[must_use]
+    pub fn with(&self, rest: impl fmt::Display) -> Self {
+        Self(format!("{}{rest}", self.0).into())
     }
 
     /// The beginning of the names of `kind`, and, as far as it is given, of their tags.
@@ -72,6 +78,12 @@ impl Key {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl memory::Weigh for Key {
+    fn weight(&self) -> usize {
+        self.0.len()
     }
 }
 

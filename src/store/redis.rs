@@ -212,6 +212,12 @@ impl Redis {
         config.resolve().is_ok_and(|resolved| resolved == self.0.shared.resolved)
     }
 
+    /// Whether `other` is a clone of it: the same connection.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The name of something; see [`Key::new`].
     #[must_use]
     pub fn key(&self, kind: &'static str, tag: &str, rest: &str) -> Key {
@@ -384,7 +390,7 @@ impl Walk {
             if cursor != 0 {
                 self.left.push((node, cursor));
             }
-            keys.extend(found.into_iter().filter(|key| key.starts_with(&self.beginning)).map(Key));
+            keys.extend(found.into_iter().filter(|key| key.starts_with(&self.beginning)).map(|key| Key(key.into())));
         }
         Ok(keys)
     }

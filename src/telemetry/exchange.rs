@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderValue, Method, Uri};
+use http::{Extensions, HeaderValue, Method, Uri};
 use http_body::Body as HttpBody;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
@@ -20,7 +20,7 @@ use super::{
     metrics::{AbortedBy, RouteMetrics},
 };
 use crate::message::{
-    Error, Fault, Kind, RequestId, Session,
+    Connection, Error, Fault, Kind, RequestId, Session,
     headers::{TRACEPARENT, X_SESSION_ID},
 };
 
@@ -75,6 +75,10 @@ pub struct Facts {
     pub upstream: Option<Arc<str>>,
     /// The endpoint that was asked last.
     pub endpoint: Option<Arc<str>>,
+    /// The tokens of a language model that were used, where they are counted: input and output.
+    pub tokens: Option<(u64, u64)>,
+    /// The rule that refused the request, if one did.
+    pub rate_limited: Option<Arc<str>>,
     /// How many times the request was sent again.
     pub retries: u32,
     /// Whether another upstream than the route's own was asked.
@@ -198,6 +202,16 @@ impl Exchange {
     /// The facts, to read or to write. Held for a few instructions, never over an `.await`.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.0.facts.lock()
+    }
+}
+
+/// The client's address: found through trusted proxies, or that of the peer where no [`Exchange`] was begun. None for a
+/// Unix socket.
+#[must_use]
+pub fn client_ip(extensions: &Extensions) -> Option<IpAddr> {
+    match extensions.get::<Exchange>() {
+        Some(exchange) => exchange.facts().client_ip,
+        None => extensions.get::<Connection>()?.peer().ip(),
     }
 }
 

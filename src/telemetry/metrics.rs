@@ -56,6 +56,10 @@ struct Families {
     not_retried: Family<NotRetried, Counter>,
     auth: Family<RouteOutcome, Counter>,
     sessions: Family<RouteOutcome, Counter>,
+    rate_limits: Family<RuleOutcome, Counter>,
+    rate_limit_remembered: Family<Route, Counter>,
+    tokens: Family<RouteTokens, Counter>,
+    rate_limit_store_failures: Family<Route, Counter>,
     fallbacks: Family<FellBack, Counter>,
     no_fallbacks: Family<NoFallback, Counter>,
     breaker_state: Family<Endpoint, Gauge>,
@@ -260,6 +264,30 @@ pub struct SessionMetrics {
     pub unkept: Counter,
 }
 
+/// Samples of the rate limits of one route, found once at load.
+#[derive(Debug, Clone)]
+pub struct RateLimitMetrics {
+    /// Requests refused because they had been refused before.
+    pub remembered: Counter,
+    /// Requests whose limits could not be counted in Redis.
+    pub store_failure: Counter,
+    /// Tokens that language models were given.
+    pub tokens_in: Counter,
+    /// Tokens that they made.
+    pub tokens_out: Counter,
+}
+
+/// Samples of one rule of a route's rate limits, found once at load.
+#[derive(Debug, Clone)]
+pub struct RuleMetrics {
+    /// Requests that it let pass, in requests that passed.
+    pub passed: Counter,
+    /// Requests that it refused.
+    pub limited: Counter,
+    /// Requests that it would have refused.
+    pub shadow_limited: Counter,
+}
+
 /// Samples of one endpoint of an upstream, found once at load.
 #[derive(Debug, Clone)]
 pub struct EndpointMetrics {
@@ -393,6 +421,10 @@ impl Metrics {
             not_retried: Family::default(),
             auth: Family::default(),
             sessions: Family::default(),
+            rate_limits: Family::default(),
+            rate_limit_remembered: Family::default(),
+            tokens: Family::default(),
+            rate_limit_store_failures: Family::default(),
             fallbacks: Family::default(),
             no_fallbacks: Family::default(),
             breaker_state: Family::default(),
@@ -435,6 +467,12 @@ impl Metrics {
         all.register("retries_not_made", help, f.not_retried.clone());
         all.register("auth", "Requests of routes with auth, by outcome", f.auth.clone());
         all.register("sessions", "Requests of routes with sessions, by outcome", f.sessions.clone());
+        all.register("rate_limits", "Requests that a rule held for, by outcome", f.rate_limits.clone());
+        let help = "Requests refused because they had been refused before, without a look at the counters";
+        all.register("rate_limits_remembered", help, f.rate_limit_remembered.clone());
+        all.register("tokens", "Tokens of language models, on routes where they are counted", f.tokens.clone());
+        let help = "Requests whose limits could not be counted in Redis";
+        all.register("rate_limit_store_failures", help, f.rate_limit_store_failures.clone());
         all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
         let help = "Fallbacks that a request could not be sent to, by reason";
         all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
@@ -534,6 +572,36 @@ impl Metrics {
             unknown: counter("unknown"),
             foreign: counter("foreign"),
             unkept: counter("unkept"),
+        }
+    }
+
+    /// The samples of the rate limits of a route.
+    #[must_use]
+    pub fn rate_limit(&self, route: &str) -> RateLimitMetrics {
+        let (f, labels) = (&self.0.families, Route { route: route.to_owned() });
+        let tokens = |direction| {
+            let labels = RouteTokens { route: route.to_owned(), direction };
+            f.tokens.get_or_create(&labels).clone()
+        };
+        RateLimitMetrics {
+            tokens_in: tokens("input"),
+            tokens_out: tokens("output"),
+            remembered: f.rate_limit_remembered.get_or_create(&labels).clone(),
+            store_failure: f.rate_limit_store_failures.get_or_create(&labels).clone(),
+        }
+    }
+
+    /// The samples of a rule of the rate limits of a route.
+    #[must_use]
+    pub fn rule(&self, route: &str, rule: &str) -> RuleMetrics {
+        let counter = |outcome| {
+            let labels = RuleOutcome { route: route.to_owned(), rule: rule.to_owned(), outcome };
+            self.0.families.rate_limits.get_or_create(&labels).clone()
+        };
+        RuleMetrics {
+            passed: counter("passed"),
+            limited: counter("limited"),
+            shadow_limited: counter("shadow_limited"),
         }
     }
 
@@ -752,6 +820,19 @@ struct RouteClass {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RouteOutcome {
     route: String,
+    outcome: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RouteTokens {
+    route: String,
+    direction: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RuleOutcome {
+    route: String,
+    rule: String,
     outcome: &'static str,
 }
 

@@ -1,37 +1,17 @@
 //! Who has failed how often: refused attempts by address, in memory.
 
-use std::{fmt, net::IpAddr, time::Duration};
+use std::{fmt, time::Duration};
 
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use super::{Digest, recent::Recent};
-use crate::config::Rate;
+use crate::{config::Rate, message::Net};
 
 /// How many addresses are watched at most. About 100 bytes each.
 const MAX_NETS: usize = 65_536;
 /// How many pairs of an address and a good credential are remembered at most. About 150 bytes each.
 const MAX_GOOD: usize = 16_384;
-
-/// Where an attempt comes from: an IPv4 address, or the /64 of an IPv6 one, within which whoever has one address has
-/// them all. An IPv4-mapped address is the IPv4 address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Net {
-    V4([u8; 4]),
-    V6([u16; 4]),
-}
-
-impl Net {
-    pub(super) fn of(ip: IpAddr) -> Self {
-        match ip.to_canonical() {
-            IpAddr::V4(ip) => Self::V4(ip.octets()),
-            IpAddr::V6(ip) => {
-                let [first, second, third, fourth, ..] = ip.segments();
-                Self::V6([first, second, third, fourth])
-            }
-        }
-    }
-}
 
 /// Counts refused attempts. One for the process: what was refused on one route counts on all with the same rate.
 pub(super) struct Failures {
@@ -119,12 +99,5 @@ mod tests {
         assert_eq!(failures.wait(net, rate, later), Some(Duration::from_secs(3)), "those at once do not add up");
         assert_eq!(failures.wait(self::net("192.0.2.2"), rate, later), None);
         assert_eq!(failures.wait(net, "20/h".parse().unwrap(), later), None, "another limit, another count");
-    }
-
-    #[test]
-    fn an_ipv6_network_is_one_and_a_mapped_address_is_the_ipv4_one() {
-        assert_eq!(net("2001:db8:1:2::1"), net("2001:db8:1:2:ffff::9"));
-        assert_ne!(net("2001:db8:1:2::1"), net("2001:db8:1:3::1"));
-        assert_eq!(net("::ffff:192.0.2.1"), net("192.0.2.1"));
     }
 }

@@ -64,7 +64,7 @@ use std::{
     time::SystemTime,
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Uri};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri, header::WWW_AUTHENTICATE};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -75,14 +75,14 @@ pub use self::jwk::Algorithm;
 use self::{
     api_key::{Keys, digest_of},
     credential::{Places, Shown},
-    failures::{Failures, Net},
+    failures::Failures,
     jwks::Remote,
     jwt::Verifier,
 };
 use crate::{
     config::{Check, Problems, Rate, Toggle, fields::FieldName},
-    message::{BoxError, Connection, Error, Kind, Principal, headers::remove_alike},
-    telemetry::{Exchange, Metrics, metrics::AuthMetrics},
+    message::{BoxError, Error, Kind, Net, Principal, headers::remove_alike},
+    telemetry::{Exchange, Metrics, exchange, metrics::AuthMetrics},
 };
 
 /// A SHA-256 digest.
@@ -427,13 +427,7 @@ impl Gate {
     async fn pass(&self, head: &mut http::request::Parts) -> Result<(), Error> {
         self.remove_principal(&mut head.headers);
         let exchange = head.extensions.get::<Exchange>().cloned();
-        let net = self.max_failures.and_then(|rate| {
-            let ip = match &exchange {
-                Some(exchange) => exchange.facts().client_ip,
-                None => head.extensions.get::<Connection>().and_then(|connection| connection.peer().ip()),
-            };
-            Some((Net::of(ip?), rate))
-        });
+        let net = self.max_failures.and_then(|rate| Some((Net::of(exchange::client_ip(&head.extensions)?), rate)));
         let known = |principal: &Principal| {
             if let Some(exchange) = &exchange {
                 exchange.facts().principal = Some(principal.id.clone());
@@ -447,7 +441,7 @@ impl Gate {
             Ok(None) => {
                 self.metrics.missing.inc();
                 let error = Error::new(Kind::Unauthorized, "there is no credential");
-                return Err(error.with_challenge(self.challenges.missing.clone()));
+                return Err(error.with_field(WWW_AUTHENTICATE, self.challenges.missing.clone()));
             }
             Err(why) => {
                 self.may_try(net, None)?;
@@ -477,14 +471,14 @@ impl Gate {
             Judged::Elsewhere(principal) => {
                 self.metrics.forbidden.inc();
                 known(&principal);
-                Err(Error::from(Kind::Forbidden).with_challenge(self.challenges.forbidden.clone()))
+                Err(Error::from(Kind::Forbidden).with_field(WWW_AUTHENTICATE, self.challenges.forbidden.clone()))
             }
             Judged::Bad(why) => {
                 self.metrics.invalid.inc();
                 if let Some((net, rate)) = net {
                     self.failures.add(net, rate, Instant::now());
                 }
-                Err(Error::new(Kind::Unauthorized, why).with_challenge(self.challenges.invalid.clone()))
+                Err(Error::new(Kind::Unauthorized, why).with_field(WWW_AUTHENTICATE, self.challenges.invalid.clone()))
             }
             Judged::Unknown(why) => {
                 self.metrics.unavailable.inc();

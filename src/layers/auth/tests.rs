@@ -8,7 +8,7 @@ use super::{
     jwt::tests::{SECRET, hs256},
     *,
 };
-use crate::message::{Body, Peer};
+use crate::message::{Body, Connection, Peer};
 
 struct Setup {
     file: tempfile::NamedTempFile,
@@ -76,7 +76,7 @@ fn from(ip: &str) -> Connection {
 
 fn refused(answer: Answer) -> (Kind, Option<String>) {
     let error = answer.unwrap_err();
-    (error.kind(), error.challenge().map(|value| value.to_str().unwrap().to_owned()))
+    (error.kind(), error.fields().first().map(|(_, value)| value.to_str().unwrap().to_owned()))
 }
 
 #[tokio::test]

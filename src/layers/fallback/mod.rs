@@ -42,7 +42,6 @@
 //! ```
 
 mod config;
-mod json;
 
 use std::{
     mem,
@@ -51,12 +50,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use http::{
-    HeaderMap, HeaderName, HeaderValue, Uri,
-    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRAILER},
-    request::Parts,
-    uri::PathAndQuery,
-};
+use http::{HeaderMap, HeaderName, HeaderValue, Uri, request::Parts, uri::PathAndQuery};
 use serde_json::{Map, Value};
 use tower::{Layer, Service};
 
@@ -65,7 +59,7 @@ use crate::{
     config::Failure,
     message::{
         Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
-        headers::PROXY_STATUS,
+        headers::PROXY_STATUS, json,
     },
     telemetry::{Exchange, Metrics},
 };
@@ -174,10 +168,7 @@ impl Target {
         let replay = match rewritten {
             None => replay.clone(),
             Some(text) => {
-                head.headers.insert(CONTENT_LENGTH, HeaderValue::from(text.len()));
-                for stale in [EXPECT, TRAILER].into_iter().chain(DIGESTS) {
-                    head.headers.remove(stale);
-                }
+                json::replaced(&mut head.headers, text.len());
                 let limit = text.len();
                 let replay = Replay::new(Body::from(text), limit);
                 head.extensions.insert(replay.clone());
@@ -193,7 +184,7 @@ impl Target {
         if replay.is_empty() {
             return Ok(None);
         }
-        if !is_json(headers) {
+        if !json::is_json(headers) {
             return Err(Refusal::Json);
         }
         let text = replay.bytes().await.map_err(Refusal::Failed)?.ok_or(Refusal::Body)?;
@@ -204,14 +195,6 @@ impl Target {
     }
 }
 
-/// What is true of a body as it was (RFC 9530, and what came before it).
-const DIGESTS: [HeaderName; 4] = [
-    HeaderName::from_static("content-digest"),
-    HeaderName::from_static("repr-digest"),
-    HeaderName::from_static("digest"),
-    HeaderName::from_static("content-md5"),
-];
-
 /// Why a request cannot go to an upstream.
 enum Refusal {
     /// A part of its body is lost.
@@ -220,13 +203,6 @@ enum Refusal {
     Json,
     /// Its body failed.
     Failed(BoxError),
-}
-
-/// Whether the body is JSON that can be read as it is.
-fn is_json(headers: &HeaderMap) -> bool {
-    let text = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-    (essence == "application/json" || essence.ends_with("+json")) && !headers.contains_key(CONTENT_ENCODING)
 }
 
 /// Gives `uri` another path. Its query stays.
@@ -346,7 +322,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use futures_util::{FutureExt, StreamExt, stream};
-    use http::header::{AUTHORIZATION, COOKIE, UPGRADE};
+    use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, COOKIE, UPGRADE};
     use http_body_util::{BodyExt, StreamBody};
     use parking_lot::Mutex;
     use tower::{ServiceExt, service_fn};

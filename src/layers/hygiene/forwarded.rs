@@ -4,146 +4,23 @@
 //! are of trusted proxies: the first one that is not is the client. What stands further left is whatever
 //! that client wrote.
 
-use std::{borrow::Cow, fmt, net::IpAddr};
+use std::net::IpAddr;
 
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue,
     header::{FORWARDED as FORWARDED_FIELD, HOST},
 };
-use ipnet::IpNet;
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{
-    Deserialize, Deserializer, Serialize, Serializer,
-    de::{Error as _, SeqAccess, Visitor},
-};
 
 use super::survey::{FORWARDED, FORWARDED_FOR, Survey};
+use crate::config::Networks;
 use crate::message::{
-    Connection, Peer,
+    Connection,
     forwarded::{address, element, nearest_first, well_formed},
     headers::{X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO},
 };
 
 const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
-
-/// Whose `X-Forwarded-*` are believed.
-///
-/// In the configuration `private`, or a list of addresses, networks (`10.0.0.0/8`) and `private`.
-///
-/// ```
-/// use sidegate::{layers::hygiene::TrustedProxies, message::Peer};
-///
-/// let trusted: TrustedProxies = serde_json::from_str(r#"["192.0.2.0/24"]"#)?;
-/// assert!(trusted.contains([192, 0, 2, 7].into()));
-/// assert!(!trusted.trusts(Peer::Unix), "a local process counts as `private`");
-/// # Ok::<(), serde_json::Error>(())
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct TrustedProxies {
-    networks: Vec<IpNet>,
-    private: bool,
-}
-
-impl TrustedProxies {
-    /// Those in `networks`, and, with `private`, all on loopback, private (RFC 1918, RFC 4193) and
-    /// link-local addresses and behind Unix sockets.
-    #[must_use]
-    pub fn new(networks: impl IntoIterator<Item = IpNet>, private: bool) -> Self {
-        Self { networks: networks.into_iter().collect(), private }
-    }
-
-    /// Whether `ip` is a trusted proxy's.
-    #[must_use]
-    pub fn contains(&self, ip: IpAddr) -> bool {
-        let ip = ip.to_canonical();
-        (self.private && is_private(ip)) || self.networks.iter().any(|network| network.contains(&ip))
-    }
-
-    /// Whether it is nobody.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        !self.private && self.networks.is_empty()
-    }
-
-    /// Whether the other end of a connection is a trusted proxy. A Unix socket is one with `private` only.
-    #[must_use]
-    pub fn trusts(&self, peer: Peer) -> bool {
-        match peer {
-            Peer::Tcp(address) => self.contains(address.ip()),
-            Peer::Unix => self.private,
-        }
-    }
-
-    fn add(&mut self, text: &str) -> Result<(), String> {
-        if text == "private" {
-            self.private = true;
-        } else if let Ok(network) = text.parse::<IpNet>() {
-            self.networks.push(network);
-        } else if let Ok(ip) = text.parse::<IpAddr>() {
-            self.networks.push(ip.to_canonical().into());
-        } else {
-            return Err(format!("`{text}` is no address, no network like `10.0.0.0/8` and not `private`"));
-        }
-        Ok(())
-    }
-}
-
-fn is_private(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.is_loopback() || ip.is_private() || ip.is_link_local(),
-        IpAddr::V6(ip) => ip.is_loopback() || ip.is_unique_local() || ip.is_unicast_link_local(),
-    }
-}
-
-impl<'de> Deserialize<'de> for TrustedProxies {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Listed;
-
-        impl<'de> Visitor<'de> for Listed {
-            type Value = TrustedProxies;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("`private`, or a list of addresses and networks like `10.0.0.0/8`")
-            }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<TrustedProxies, E> {
-                let mut trusted = TrustedProxies::default();
-                trusted.add(text).map(|()| trusted).map_err(E::custom)
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<TrustedProxies, A::Error> {
-                let mut trusted = TrustedProxies::default();
-                while let Some(text) = list.next_element::<String>()? {
-                    trusted.add(&text).map_err(A::Error::custom)?;
-                }
-                Ok(trusted)
-            }
-        }
-
-        from.deserialize_any(Listed)
-    }
-}
-
-impl Serialize for TrustedProxies {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        let private = self.private.then(|| "private".to_owned());
-        to.collect_seq(private.into_iter().chain(self.networks.iter().map(ToString::to_string)))
-    }
-}
-
-impl JsonSchema for TrustedProxies {
-    fn schema_name() -> Cow<'static, str> {
-        "TrustedProxies".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "Addresses and networks; `private` stands for loopback, private and link-local ones and for Unix sockets.",
-            "anyOf": [{ "type": "string" }, { "type": "array", "items": { "type": "string" } }],
-        })
-    }
-}
 
 /// What is known of the client.
 #[derive(Debug, PartialEq, Eq)]
@@ -163,7 +40,7 @@ pub(super) struct Client {
 pub(super) fn apply(
     headers: &mut HeaderMap,
     connection: Option<&Connection>,
-    trusted: &TrustedProxies,
+    trusted: &Networks,
     survey: Survey,
 ) -> Client {
     let tls = connection.is_some_and(Connection::tls);
@@ -172,7 +49,7 @@ pub(super) fn apply(
     let ip = connection.and_then(|connection| connection.peer().ip());
     let proto = if tls { "https" } else { "http" };
     let host = headers.get(HOST).cloned();
-    if !connection.is_some_and(|connection| trusted.trusts(connection.peer())) {
+    if !connection.is_some_and(|connection| trusted.holds(connection.peer())) {
         if survey.has(FORWARDED) {
             strip(headers, ip.map(|_| peer));
         }
@@ -260,8 +137,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::message::Peer;
 
-    fn trusting(list: &str) -> TrustedProxies {
+    fn trusting(list: &str) -> Networks {
         serde_json::from_str(list).unwrap_or_else(|error| panic!("{list}: {error}"))
     }
 
@@ -445,9 +323,9 @@ mod tests {
             assert_eq!(trusted.contains(ip.parse().unwrap()), expected, "{ip}");
         }
         assert_eq!(serde_json::to_string(&trusted).unwrap(), r#"["private","2001:db8::/32","192.0.2.1/32"]"#);
-        let error = serde_json::from_str::<TrustedProxies>(r#"["10.0.0.0/33"]"#).unwrap_err().to_string();
+        let error = serde_json::from_str::<Networks>(r#"["10.0.0.0/33"]"#).unwrap_err().to_string();
         assert!(error.starts_with("`10.0.0.0/33` is no address, no network like `10.0.0.0/8`"), "{error}");
-        let error = serde_json::from_str::<TrustedProxies>("true").unwrap_err().to_string();
+        let error = serde_json::from_str::<Networks>("true").unwrap_err().to_string();
         assert!(error.contains("expected `private`, or a list"), "{error}");
     }
 

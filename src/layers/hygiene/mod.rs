@@ -60,12 +60,12 @@ use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
 use uuid::Uuid;
 
-pub use self::forwarded::TrustedProxies;
 use self::{
     guard::Guard,
     survey::{MAX_FORWARDS as HAS_MAX_FORWARDS, Survey, VIA},
 };
 use crate::{
+    config::Networks,
     message::{BoxError, Connection, Error, Kind},
     telemetry::Exchange,
 };
@@ -78,7 +78,7 @@ pub struct Config {
     /// Proxies before sidegate whose `X-Forwarded-*` are believed and added to: addresses, networks, or
     /// `private` for loopback, private and link-local ones and Unix sockets. Default none: what anyone says is
     /// replaced. A listed proxy must set these fields itself, or its clients can.
-    pub trusted_proxies: TrustedProxies,
+    pub trusted_proxies: Networks,
     /// Whether `Via` is added to requests, by which a loop is found out. Default `true`. nginx as a backend
     /// does not compress for requests with `Via` unless `gzip_proxied` says so.
     pub via: bool,
@@ -86,7 +86,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { trusted_proxies: TrustedProxies::default(), via: true }
+        Self { trusted_proxies: Networks::default(), via: true }
     }
 }
 
@@ -135,7 +135,7 @@ pub struct HygieneLayer {
 
 #[derive(Debug, Clone)]
 struct Shared {
-    trusted: TrustedProxies,
+    trusted: Networks,
     limits: Limits,
     via: Option<Via>,
     guard: Guard,
@@ -426,7 +426,7 @@ mod tests {
 
     #[tokio::test]
     async fn naming_the_address_in_connection_does_not_hide_it() {
-        let trusting = Config { trusted_proxies: TrustedProxies::new([], true), ..Config::default() };
+        let trusting = Config { trusted_proxies: Networks::new([], true), ..Config::default() };
         let mut request = get(&[("connection", "x-forwarded-for"), ("x-forwarded-for", "203.0.113.9")]);
         let exchange = Exchange::new(&http::Request::new(()));
         request.extensions_mut().insert(exchange.clone());
@@ -487,7 +487,7 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<Config>(text);
         assert_eq!(read("{}").unwrap(), Config::default());
         let private = read(r#"{"trusted_proxies": "private", "via": false}"#).unwrap();
-        assert_eq!(private, Config { trusted_proxies: TrustedProxies::new([], true), via: false });
+        assert_eq!(private, Config { trusted_proxies: Networks::new([], true), via: false });
         assert!(read(r#"{"trusted_proxy": []}"#).unwrap_err().to_string().contains("unknown field"));
     }
 

@@ -58,8 +58,8 @@ pub use self::{
 };
 use super::{Address, Client, health};
 use crate::{
-    message::{self, Body, BoxError, Connection, Error, HttpService, Kind, Request, Response, Tried},
-    telemetry::{Exchange, Metrics, metrics::PickMetrics},
+    message::{self, Body, BoxError, Error, HttpService, Kind, Request, Response, Tried},
+    telemetry::{Exchange, Metrics, exchange, metrics::PickMetrics},
 };
 
 /// Whether an endpoint may be asked: what a circuit breaker, a floor above, says.
@@ -347,8 +347,7 @@ impl Balancer {
 fn value<'a>(key: &HashKey, request: &'a Request) -> Option<Cow<'a, [u8]>> {
     match key {
         HashKey::Ip => {
-            let found = Exchange::of(request).and_then(|exchange| exchange.facts().client_ip);
-            let ip = found.or_else(|| request.extensions().get::<Connection>()?.peer().ip())?;
+            let ip = exchange::client_ip(request.extensions())?;
             Some(Cow::Owned(ip.to_string().into_bytes()))
         }
         HashKey::Path => Some(Cow::Borrowed(request.uri().path().as_bytes())),

@@ -1,19 +1,48 @@
-//! Members of a JSON document changed, and all others left byte for byte: numbers of any size, the order, and what a
-//! reader of its own would make of it.
+//! JSON bodies of requests, rewritten: members changed, and all others left byte for byte: numbers of any size, the order,
+//! and what a reader of its own would make of it.
 
 use std::fmt;
 
+use http::{
+    HeaderMap, HeaderName, HeaderValue,
+    header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, TRAILER},
+};
 use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
 };
 use serde_json::{Map, Value, value::RawValue};
 
+/// What is true of a body as it was (RFC 9530, and what came before it).
+const DIGESTS: [HeaderName; 4] = [
+    HeaderName::from_static("content-digest"),
+    HeaderName::from_static("repr-digest"),
+    HeaderName::from_static("digest"),
+    HeaderName::from_static("content-md5"),
+];
+
+/// Whether a body with these headers is JSON that can be read as it is.
+#[must_use]
+pub fn is_json(headers: &HeaderMap) -> bool {
+    let text = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = text.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    (essence == "application/json" || essence.ends_with("+json")) && !headers.contains_key(CONTENT_ENCODING)
+}
+
+/// Makes the headers of a request those of another body, of `length` bytes and without trailers.
+pub fn replaced(headers: &mut HeaderMap, length: usize) {
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    for stale in [EXPECT, TRAILER].into_iter().chain(DIGESTS) {
+        headers.remove(stale);
+    }
+}
+
 /// `text` with `patch` applied as a JSON Merge Patch (RFC 7396): sections merge, `null` removes, anything else takes the
 /// place of what was there. `None` where the text is no JSON object.
 ///
 /// Of a member that stands twice, which readers take differently, and that the patch names, the last one is left.
-pub(super) fn merge(text: &[u8], patch: &Map<String, Value>) -> Option<Vec<u8>> {
+#[must_use]
+pub fn merge(text: &[u8], patch: &Map<String, Value>) -> Option<Vec<u8>> {
     let mut out = Vec::with_capacity(text.len() + 64);
     let object = serde_json::from_slice(text).ok()?;
     object_into(&mut out, &object, patch).then_some(out)
@@ -180,7 +209,7 @@ mod tests {
 
         #[test]
         fn no_bytes_make_it_panic(bytes in proptest::collection::vec(any::<u8>(), 0..50), patch in any_object()) {
-            merge(&bytes, &patch);
+            drop(merge(&bytes, &patch));
         }
     }
 }

@@ -1,0 +1,524 @@
+//! Where limits count: in Redis for all replicas in one step, in memory for this one.
+//!
+//! A request costs one round trip, whatever the number of its rules. Where Redis refused a request, that is remembered
+//! here for as long as nothing can have changed, at most a second, so that a flood of refused requests does not reach
+//! it. What is known only at the end (bytes, tokens, that a request is over) goes there behind the requests, in the
+//! order in which it happened, by a task that also renews the leases of what is in flight and says every few seconds
+//! that this replica lives. How many do is known from that, and remembered while Redis is out of order.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fmt, iter,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, sleep_until, timeout},
+};
+
+use tracing::debug;
+
+use super::window::{self, Algorithm, Counter, Decision, Demand, Quota, Verdict, amount, as_micros, whole};
+use crate::store::{
+    Failure, Key, Redis, Script,
+    memory::{Bounds, Held, Memory, Weigh},
+};
+
+static TAKE: Script = Script::new("rate_limit", include_str!("script.lua"));
+static SETTLE: Script = Script::new("rate_limit_settle", include_str!("settle.lua"));
+static RENEW: Script = Script::new("rate_limit_renew", include_str!("renew.lua"));
+static REPLICAS: Script = Script::new("rate_limit_replicas", include_str!("replicas.lua"));
+
+/// How much is counted in memory: beyond it, what would end first is forgotten first. About 200 bytes each.
+const BOUNDS: Bounds = Bounds { entries: 1 << 18, bytes: 64 << 20 };
+/// Refusals that are remembered.
+const REFUSED: Bounds = Bounds { entries: 1 << 16, bytes: 16 << 20 };
+/// The longest that a refusal holds without another look: an operator may have reset the counter, or raised the limit.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often a replica says that it lives.
+const ALIVE: Duration = Duration::from_secs(5);
+/// How long it counts without having said so.
+const MISSED: Duration = Duration::from_secs(15);
+/// Until the next try, where Redis is out of order.
+const AGAIN: Duration = Duration::from_millis(500);
+/// What may wait to be settled. What comes on top is lost, and with it the room that it would have given back.
+const UNSETTLED: usize = 1 << 14;
+/// How many are settled at once.
+const AT_ONCE: usize = 64;
+/// Leases renewed in one step.
+const RENEWED: usize = 256;
+
+impl Weigh for Counter {
+    fn weight(&self) -> usize {
+        size_of::<Self>()
+    }
+}
+
+/// One limit that a request is held against.
+#[derive(Debug, Clone)]
+pub struct Asked {
+    /// Its counter.
+    pub key: Key,
+    /// What is asked of it.
+    pub demand: Demand,
+}
+
+/// What all limits answered.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// What they say.
+    pub decision: Decision,
+    /// The limits as they were asked.
+    demands: Vec<Demand>,
+    /// Of each that is in flight in Redis; else 0.
+    leases: Vec<u64>,
+    /// When, by the clock of who answered.
+    at: f64,
+    origin: Origin,
+}
+
+/// Something that was used of a limit, and may turn out to be more or less.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    key: Key,
+    quota: Quota,
+    amount: f64,
+    at: f64,
+    lease: u64,
+    origin: Origin,
+}
+
+/// Where a decision was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Origin {
+    Shared,
+    Local,
+}
+
+/// A refusal that was remembered.
+#[derive(Debug, Clone, Copy)]
+struct Refused {
+    until: Instant,
+    reset: Duration,
+    at: Instant,
+}
+
+impl Weigh for Refused {
+    fn weight(&self) -> usize {
+        size_of::<Self>()
+    }
+}
+
+/// All counters of the process. They outlive a configuration.
+pub struct State {
+    local: Arc<Local>,
+    shared: Mutex<Weak<Shared>>,
+    /// Each ends when nobody counts in its Redis any more, or at the end.
+    tasks: Mutex<JoinSet<()>>,
+    end: watch::Sender<bool>,
+}
+
+struct Local {
+    counters: Memory<Key, Counter>,
+    epoch: Instant,
+}
+
+struct Shared {
+    redis: Redis,
+    refused: Memory<Key, Refused>,
+    replicas: AtomicU32,
+    leases: Mutex<HashMap<Key, (Quota, HashSet<u64>)>>,
+    unsettled: mpsc::Sender<(Taken, f64)>,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        let local = Local { counters: Memory::new(BOUNDS), epoch: Instant::now() };
+        Self {
+            local: Arc::new(local),
+            shared: Mutex::default(),
+            tasks: Mutex::default(),
+            end: watch::Sender::new(false),
+        }
+    }
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("State").finish_non_exhaustive()
+    }
+}
+
+impl State {
+    /// The counters in `redis`, and in memory without one. With a Redis it needs a tokio runtime.
+    pub fn counters(&self, redis: Option<&Redis>) -> Counters {
+        let shared = redis.map(|redis| {
+            let mut known = self.shared.lock();
+            if let Some(known) = known.upgrade().filter(|known| known.redis.is_same(redis)) {
+                return known;
+            }
+            let (unsettled, left) = mpsc::channel(UNSETTLED);
+            let shared = Arc::new(Shared {
+                redis: redis.clone(),
+                refused: Memory::new(REFUSED),
+                replicas: AtomicU32::new(1),
+                leases: Mutex::default(),
+                unsettled,
+            });
+            *known = Arc::downgrade(&shared);
+            let mut tasks = self.tasks.lock();
+            while tasks.try_join_next().is_some() {}
+            let keeper = Keeper { redis: redis.clone(), id: unique(), shared: Arc::downgrade(&shared) };
+            tasks.spawn(keeper.run(left, self.end.subscribe()));
+            shared
+        });
+        Counters { local: self.local.clone(), shared }
+    }
+
+    /// Waits until everything is settled, for as long as `patience`. For the end of the process: what is taken after it
+    /// is not settled.
+    pub async fn finish(&self, patience: Duration) {
+        self.end.send_replace(true);
+        let mut tasks = std::mem::take(&mut *self.tasks.lock());
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if timeout(patience, all).await.is_err() {
+            debug!("rate limits were not all settled in time");
+        }
+    }
+}
+
+/// Where the limits of a route count.
+#[derive(Clone)]
+pub struct Counters {
+    local: Arc<Local>,
+    shared: Option<Arc<Shared>>,
+}
+
+impl fmt::Debug for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Counters").field("shared", &self.shared.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Counters {
+    /// What was refused lately, and cannot have become possible since: then nobody needs to be asked.
+    pub fn refused(&self, asked: &[Asked]) -> Option<Decision> {
+        let shared = self.shared.as_ref().filter(|shared| !shared.refused.is_empty())?;
+        let now = Instant::now();
+        let known = |one: &Asked| if one.demand.shadow { None } else { shared.refused.get(&one.key, now) };
+        let known: Vec<_> = asked.iter().map(known).collect();
+        if known.iter().all(Option::is_none) {
+            return None;
+        }
+        let verdict = |(known, asked): (Option<Refused>, &Asked)| match known {
+            Some(known) => Verdict {
+                fits: false,
+                remaining: 0,
+                reset: known.reset.saturating_sub(now.duration_since(known.at)),
+                wait: Some(known.until.duration_since(now)),
+            },
+            // Nothing is known of it, and nothing was used.
+            None => {
+                Verdict { fits: true, remaining: whole(asked.demand.quota.most()), reset: Duration::ZERO, wait: None }
+            }
+        };
+        Some(Decision { passes: false, verdicts: known.into_iter().zip(asked).map(verdict).collect() })
+    }
+
+    /// Asks all limits in one step, in Redis where there is one.
+    ///
+    /// # Errors
+    /// What kept Redis from answering. Nobody was asked then, or it is not known.
+    pub async fn take(&self, asked: &[Asked]) -> Result<Answer, Failure> {
+        let Some(shared) = &self.shared else { return Ok(self.take_locally(asked, 1)) };
+        let lease = |one: &Asked| if one.demand.quota.algorithm == Algorithm::InFlight { unique() } else { 0 };
+        let leases: Vec<u64> = asked.iter().map(lease).collect();
+        let mut args: Vec<u64> = Vec::with_capacity(asked.len() * 7);
+        for Asked { demand: Demand { quota, cost, shadow }, .. } in asked {
+            let Quota { algorithm, limit, per, burst } = *quota;
+            args.extend([
+                code(algorithm).into(),
+                whole(*cost),
+                whole(limit),
+                whole(per),
+                whole(burst),
+                u64::from(*shadow),
+            ]);
+        }
+        args.extend(&leases);
+        let keys: Vec<Key> = asked.iter().map(|one| one.key.clone()).collect();
+        let answer: Vec<i64> = shared.redis.run(&TAKE, &keys, &args[..]).await?;
+        let [passes, now, rest @ ..] = &answer[..] else { return Err(Failure::Refused) };
+        let duration = |micros: i64| Duration::from_micros(u64::try_from(micros).unwrap_or_default());
+        let (verdicts, _) = rest.as_chunks::<4>();
+        let verdicts: Vec<Verdict> = verdicts
+            .iter()
+            .map(|&[fits, remaining, reset, wait]| Verdict {
+                fits: fits == 1,
+                remaining: u64::try_from(remaining).unwrap_or_default(),
+                reset: duration(reset),
+                wait: (wait >= 0).then(|| duration(wait)),
+            })
+            .collect();
+        if verdicts.len() != asked.len() {
+            return Err(Failure::Refused);
+        }
+        let decision = Decision { passes: *passes == 1, verdicts };
+        if decision.passes {
+            shared.hold(asked, &decision, &leases);
+        } else {
+            shared.remember(asked, &decision);
+        }
+        let at = amount(u64::try_from(*now).unwrap_or_default());
+        let demands = asked.iter().map(|one| one.demand).collect();
+        Ok(Answer { decision, demands, leases, at, origin: Origin::Shared })
+    }
+
+    /// Asks all limits in one step, in memory, each for the part of it that one of `replicas` has.
+    #[must_use]
+    pub fn take_locally(&self, asked: &[Asked], replicas: u32) -> Answer {
+        let now = Instant::now();
+        let at = self.local.micros(now);
+        let keys: Vec<Key> = asked.iter().map(|one| one.key.clone()).collect();
+        let demands: Vec<Demand> = asked
+            .iter()
+            .map(|one| {
+                let quota = one.demand.quota.share(replicas);
+                Demand { quota, cost: one.demand.cost.min(quota.most()), ..one.demand }
+            })
+            .collect();
+        let decision = self.local.counters.entries(&keys, now, |held| {
+            let mut counters: Vec<_> = held.iter().map(|held| held.value).collect();
+            let decision = window::take(&mut counters, &demands, at);
+            for ((held, counter), demand) in held.iter_mut().zip(counters).zip(&demands) {
+                *held = Local::held(&demand.quota, counter, at, now);
+            }
+            decision
+        });
+        Answer { decision, demands, leases: Vec::new(), at, origin: Origin::Local }
+    }
+
+    /// How many replicas there are, this one among them.
+    #[must_use]
+    pub fn replicas(&self) -> u32 {
+        self.shared.as_ref().map_or(1, |shared| shared.replicas.load(Ordering::Relaxed).max(1))
+    }
+
+    /// Changes what was taken to what was used. Does not wait.
+    pub fn settle(&self, taken: Taken, used: f64) {
+        let change = used - taken.amount;
+        match (&self.shared, taken.origin) {
+            (Some(shared), Origin::Shared) => {
+                if taken.lease != 0 {
+                    shared.let_go(&taken);
+                }
+                if change != 0.0 {
+                    // Full only where Redis has not answered for long, and is not asked then.
+                    shared
+                        .unsettled
+                        .try_send((taken, change))
+                        .unwrap_or_else(|_| debug!("a rate limit was not settled"));
+                }
+            }
+            _ if change == 0.0 => {}
+            _ => self.local.settle(&taken, change),
+        }
+    }
+
+    /// What the limit `quota` at `key` says: in Redis, if it answers, and in memory.
+    pub async fn look(&self, key: &Key, quota: Quota) -> (Option<Verdict>, Verdict) {
+        let now = Instant::now();
+        let local = quota.look(self.local.counters.get(key, now), self.local.micros(now));
+        if self.shared.is_none() {
+            return (None, local);
+        }
+        // A shadow of nothing: it takes nothing, and says what there is.
+        let cost = if quota.algorithm == Algorithm::InFlight { quota.limit + 1.0 } else { 0.0 };
+        let asked = Asked { key: key.clone(), demand: Demand { quota, cost, shadow: true } };
+        let answer = self.take(&[asked]).await.ok();
+        (answer.and_then(|answer| answer.decision.verdicts.first().copied()), local)
+    }
+
+    /// Forgets what was counted at `key`, in memory and in Redis.
+    ///
+    /// # Errors
+    /// What kept Redis from it.
+    pub async fn reset(&self, key: &Key) -> Result<(), Failure> {
+        let now = Instant::now();
+        self.local.counters.remove(key, now);
+        let Some(shared) = &self.shared else { return Ok(()) };
+        shared.refused.remove(key, now);
+        shared.redis.delete(key).await.map(drop)
+    }
+}
+
+impl Answer {
+    /// When it was answered, in microseconds by the clock of who did.
+    #[must_use]
+    pub fn at(&self) -> f64 {
+        self.at
+    }
+
+    /// What was taken of the limit at `place` of those `asked`, if anything.
+    #[must_use]
+    pub fn taken(&self, asked: &[Asked], place: usize) -> Option<Taken> {
+        let (asked, demand) = (asked.get(place)?, self.demands.get(place)?);
+        let fits = self.decision.passes && self.decision.verdicts.get(place)?.fits;
+        let lease = self.leases.get(place).copied().unwrap_or_default();
+        let Demand { quota, cost, .. } = *demand;
+        fits.then(|| Taken { key: asked.key.clone(), quota, amount: cost, at: self.at, lease, origin: self.origin })
+    }
+}
+
+const fn code(algorithm: Algorithm) -> u8 {
+    match algorithm {
+        Algorithm::SlidingWindow => 0,
+        Algorithm::TokenBucket => 1,
+        Algorithm::InFlight => 2,
+    }
+}
+
+/// A number that nobody else has. Not 0.
+fn unique() -> u64 {
+    // 122 of its bits are by chance.
+    let (high, low) = uuid::Uuid::new_v4().as_u64_pair();
+    ((high ^ low) >> 12).max(1)
+}
+
+impl Local {
+    /// As windows count: aligned to the start of the process.
+    fn micros(&self, now: Instant) -> f64 {
+        as_micros(now.duration_since(self.epoch))
+    }
+
+    fn held(quota: &Quota, counter: Option<Counter>, micros: f64, now: Instant) -> Held<Counter> {
+        let lives = counter.map_or(0.0, |counter| quota.lives(counter, micros).max(0.0));
+        Held { value: counter, expires: now + window::micros(lives.ceil()) }
+    }
+
+    fn settle(&self, taken: &Taken, change: f64) {
+        let now = Instant::now();
+        let micros = self.micros(now);
+        self.counters.entry(&taken.key, now, |held| {
+            let counter = taken.quota.settle(held.value, change, taken.at, micros);
+            *held = Self::held(&taken.quota, Some(counter), micros, now);
+        });
+    }
+}
+
+impl Shared {
+    /// Notes the leases that a request has got, so that they are renewed.
+    fn hold(&self, asked: &[Asked], decision: &Decision, leases: &[u64]) {
+        for ((one, verdict), lease) in asked.iter().zip(&decision.verdicts).zip(leases) {
+            if *lease != 0 && verdict.fits {
+                let mut all = self.leases.lock();
+                let (_, of) = all.entry(one.key.clone()).or_insert_with(|| (one.demand.quota, HashSet::new()));
+                of.insert(*lease);
+            }
+        }
+    }
+
+    fn let_go(&self, taken: &Taken) {
+        let mut all = self.leases.lock();
+        if let Some((_, of)) = all.get_mut(&taken.key) {
+            of.remove(&taken.lease);
+            if of.is_empty() {
+                all.remove(&taken.key);
+            }
+        }
+    }
+
+    /// Notes which limits had no room. What is in flight may end at any time.
+    fn remember(&self, asked: &[Asked], decision: &Decision) {
+        let now = Instant::now();
+        for (one, verdict) in asked.iter().zip(&decision.verdicts).filter(|(one, _)| !one.demand.shadow) {
+            if let (false, Some(wait)) = (verdict.fits, verdict.wait) {
+                let refused = Refused { until: now + wait, reset: verdict.reset, at: now };
+                self.refused.put(&one.key, refused, now + wait.min(LOOK_AGAIN), now);
+            }
+        }
+    }
+
+    /// The leases as they are, in parts.
+    fn held(&self) -> Vec<(Key, Quota, Vec<u64>)> {
+        let all = self.leases.lock();
+        let mut parts = Vec::new();
+        for (key, (quota, of)) in &*all {
+            let of: Vec<u64> = of.iter().copied().collect();
+            parts.extend(of.chunks(RENEWED).map(|part| (key.clone(), *quota, part.to_vec())));
+        }
+        parts
+    }
+}
+
+/// The store has logged and counted what it is; here is why it does not matter more.
+fn log(done: Result<u32, Failure>) {
+    if let Err(failure) = done {
+        debug!(%failure, "a rate limit was not brought up to date: it is when its window or its lease ends");
+    }
+}
+
+/// Settles, renews and says that this replica lives, until nobody counts in `redis` any more.
+struct Keeper {
+    redis: Redis,
+    id: u64,
+    shared: Weak<Shared>,
+}
+
+impl Keeper {
+    async fn run(self, mut left: mpsc::Receiver<(Taken, f64)>, mut end: watch::Receiver<bool>) {
+        let mut batch = Vec::with_capacity(AT_ONCE);
+        let mut due = Instant::now();
+        loop {
+            tokio::select! {
+                biased;
+                // What was sent before is still received.
+                () = async { drop(end.wait_for(|end| *end).await) }, if !left.is_closed() => left.close(),
+                () = sleep_until(due) => due = Instant::now() + self.live().await,
+                count = left.recv_many(&mut batch, AT_ONCE) => {
+                    if count == 0 {
+                        break;
+                    }
+                    join_all(batch.drain(..).map(|(taken, change)| self.settle(taken, change))).await;
+                }
+            }
+        }
+        log(self.alive(Duration::ZERO).await);
+    }
+
+    /// Says that this replica lives, and renews what it holds. The time until it is to be done again.
+    async fn live(&self) -> Duration {
+        let alive = self.alive(MISSED).await;
+        let (Ok(replicas), Some(shared)) = (alive, self.shared.upgrade()) else { return AGAIN };
+        shared.replicas.store(replicas, Ordering::Relaxed);
+        // In this task, so that nothing is renewed whose end is on its way.
+        for (key, quota, leases) in shared.held() {
+            let args: Vec<u64> = iter::once(whole(quota.per)).chain(leases).collect();
+            log(self.redis.run(&RENEW, &[key], &args[..]).await);
+        }
+        ALIVE
+    }
+
+    /// Says that this replica lives for so long. How many there are.
+    async fn alive(&self, lasts: Duration) -> Result<u32, Failure> {
+        let args = [self.id, whole(as_micros(lasts))];
+        self.redis.run(&REPLICAS, &[self.redis.key("limit", "replicas", "")], &args[..]).await
+    }
+
+    async fn settle(&self, taken: Taken, change: f64) {
+        let Taken { key, quota: Quota { algorithm, limit, per, .. }, at, lease, .. } = taken;
+        let number = |amount: f64| i64::try_from(whole(amount)).unwrap_or(i64::MAX);
+        let change = if change < 0.0 { -number(-change) } else { number(change) };
+        let (code, lease) = (i64::from(code(algorithm)), i64::try_from(lease).unwrap_or(i64::MAX));
+        let args = [code, change, number(at), number(limit), number(per), lease];
+        log(self.redis.run(&SETTLE, &[key], &args[..]).await);
+    }
+}

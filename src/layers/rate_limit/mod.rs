@@ -1,0 +1,563 @@
+//! Rate limits: how much each may use of a route, exactly, over all replicas.
+//!
+//! A list of rules holds for a request. It passes only if all have room, and one that is refused has used nothing of
+//! any: all counters are asked in one step, in Redis by one script with Redis's clock ([`counters`]), by the same
+//! arithmetic in memory where there is none ([`window`]). Who is refused gets 429 with `Retry-After`, which holds true:
+//! who waits that long and is alone with its counter passes. [`headers`] has what all answers say.
+//!
+//! What a request uses is 1, or something that is known only at its end: bytes, and the tokens of a language model. Then
+//! an estimate is taken before, so that many at once cannot overshoot, and what it was in truth is settled behind the
+//! response, which waits for nothing. `in_flight` is given back however the request ends; where a replica dies with it,
+//! its leases end 20 s later.
+//!
+//! While Redis is out of order, each replica limits by itself, to its share (`on_store_failure: local`), or everybody
+//! (`allow`) or nobody (`deny`) passes. Going back is as sudden: what was counted locally is not carried over.
+//!
+//! Of what clients send, only addresses and ids of principals stand in the names of counters; anything else stands there
+//! as a digest.
+
+pub mod counters;
+pub mod headers;
+mod key;
+mod rule;
+mod tokens;
+pub mod window;
+
+use std::{
+    any::Any,
+    fmt, mem,
+    pin::Pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, request::Parts};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tower::{Layer, Service};
+
+pub use self::counters::State;
+pub use self::rule::{Algorithm, Amount, Config, Cost, Exempt, KeyPart, Limit, OnStoreFailure, Rule};
+use self::{
+    counters::{Asked, Counters, Taken},
+    headers::Styles,
+    tokens::Reading,
+    window::{Demand, Quota, Verdict, amount},
+};
+use crate::{
+    message::{Body, BoxError, Error, Kind, Principal, Request, Response, path::is_plain},
+    sse::{Frames, Usage},
+    store::{Failure, Key, Redis},
+    telemetry::{
+        Exchange, Metrics,
+        exchange::client_ip,
+        metrics::{RateLimitMetrics, RuleMetrics},
+    },
+};
+
+/// A rule, ready to be asked.
+#[derive(Debug)]
+pub struct Compiled {
+    name: Arc<str>,
+    key: Vec<KeyPart>,
+    quota: Quota,
+    limit: u64,
+    /// Tokens of output, where a request does not say.
+    reserve: u64,
+    cost: Cost,
+    exempt: Exempt,
+    shadow: bool,
+    /// The names of its counters begin so.
+    base: Key,
+    policy: String,
+    metrics: RuleMetrics,
+}
+
+impl Compiled {
+    fn new(rule: &Rule, route: &str, scope: &str, redis: Option<&Redis>, metrics: &Metrics) -> Self {
+        let quota = rule.quota();
+        // What is counted in another way is another counter.
+        let way = match quota.algorithm {
+            window::Algorithm::SlidingWindow => "window",
+            window::Algorithm::TokenBucket => "bucket",
+            window::Algorithm::InFlight => "in_flight",
+        };
+        let rest = format!("{}:{way}-{}:", rule.name, window::whole(quota.per) / 1000);
+        Self {
+            name: rule.name.as_str().into(),
+            key: rule.key.iter().cloned().collect(),
+            quota,
+            limit: rule.limit.amount.count,
+            reserve: rule.reserve.unwrap_or(1000).into(),
+            cost: rule.cost,
+            exempt: rule.exempt.clone(),
+            shadow: rule.shadow,
+            base: match redis {
+                Some(redis) => redis.key("limit", scope, &rest),
+                None => Key::new("", "limit", scope, &rest),
+            },
+            policy: headers::policy(
+                &rule.name,
+                rule.cost,
+                rule.limit.amount.count,
+                rule.limit.per.map(crate::config::HumanDuration::get),
+            ),
+            metrics: metrics.rule(route, &rule.name),
+        }
+    }
+
+    /// The name of the rule.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What is counted apart.
+    #[must_use]
+    pub fn key(&self) -> &[KeyPart] {
+        &self.key
+    }
+
+    /// The limit, as `RateLimit-Policy` has it.
+    #[must_use]
+    pub fn policy(&self) -> &str {
+        &self.policy
+    }
+
+    fn spares(&self, head: &Parts) -> bool {
+        let Exempt { tiers, ips, paths } = &self.exempt;
+        let tier = || head.extensions.get::<Principal>()?.tier.clone();
+        let path = head.uri.path().as_bytes();
+        !tiers.is_empty() && tier().is_some_and(|tier| tiers.iter().any(|known| **known == *tier))
+            || !ips.is_empty() && client_ip(&head.extensions).is_some_and(|ip| ips.contains(ip))
+            || !paths.is_empty()
+                && is_plain(path)
+                && paths.iter().any(|pattern| pattern.matches(path, crate::message::path::Form::Raw))
+    }
+
+    fn counter(&self, route: &str, head: &Parts) -> Key {
+        self.named(|part, out| {
+            key::write(part, route, head, out);
+            true
+        })
+        .unwrap_or_else(|| self.base.clone())
+    }
+
+    fn named(&self, mut write: impl FnMut(&KeyPart, &mut String) -> bool) -> Option<Key> {
+        let mut text = String::with_capacity(48);
+        for (n, part) in self.key.iter().enumerate() {
+            if n > 0 {
+                text.push('|');
+            }
+            if !write(part, &mut text) {
+                return None;
+            }
+        }
+        Some(self.base.with(text))
+    }
+}
+
+/// The limits of one route.
+#[derive(Debug)]
+pub struct Gate {
+    route: Box<str>,
+    rules: Vec<Compiled>,
+    counters: Counters,
+    on_store_failure: OnStoreFailure,
+    styles: Styles,
+    metrics: RateLimitMetrics,
+}
+
+/// What a counter says to an operator.
+#[derive(Debug, Clone, Copy)]
+pub struct Figures {
+    /// In Redis; none where there is none, or it did not answer.
+    pub shared: Option<Verdict>,
+    /// In memory.
+    pub local: Verdict,
+}
+
+impl Gate {
+    /// The route.
+    #[must_use]
+    pub fn route(&self) -> &str {
+        &self.route
+    }
+
+    /// How many replicas count with this one in Redis.
+    #[must_use]
+    pub fn replicas(&self) -> u32 {
+        self.counters.replicas()
+    }
+
+    /// The rules.
+    #[must_use]
+    pub fn rules(&self) -> &[Compiled] {
+        &self.rules
+    }
+
+    /// What the counter of a rule says for `values`, one for each part of its key that has one (all but `global` and
+    /// `route`). None where there is no such rule, or the values are not as many or not what they should be.
+    pub async fn look(&self, rule: &str, values: &[String]) -> Option<Figures> {
+        let (rule, key) = self.find(rule, values)?;
+        let (shared, local) = self.counters.look(&key, rule.quota).await;
+        Some(Figures { shared, local })
+    }
+
+    /// Forgets what was counted for `values`. None where [`look`](Self::look) has none.
+    ///
+    /// # Errors
+    /// What kept Redis from it. In this replica's memory it is forgotten all the same.
+    pub async fn reset(&self, rule: &str, values: &[String]) -> Option<Result<(), Failure>> {
+        let (_, key) = self.find(rule, values)?;
+        Some(self.counters.reset(&key).await)
+    }
+
+    fn find(&self, rule: &str, values: &[String]) -> Option<(&Compiled, Key)> {
+        let rule = self.rules.iter().find(|known| known.name() == rule)?;
+        let mut values = values.iter();
+        let key = rule.named(|part, out| {
+            let text = match part {
+                KeyPart::Global | KeyPart::Route => Some(""),
+                _ => values.next().map(String::as_str),
+            };
+            text.is_some_and(|text| key::write_named(part, &self.route, text, out))
+        })?;
+        values.next().is_none().then_some((rule, key))
+    }
+
+    async fn pass(&self, head: &mut Parts, body: Body) -> Result<(Passed, Body), BoxError> {
+        let rules: Vec<&Compiled> = self.rules.iter().filter(|rule| !rule.spares(head)).collect();
+        if rules.is_empty() {
+            return Ok((Passed::default(), body));
+        }
+        let demand = |rule: &&Compiled| Asked {
+            key: rule.counter(&self.route, head),
+            demand: Demand { quota: rule.quota, cost: 1.0, shadow: rule.shadow },
+        };
+        let mut asked: Vec<Asked> = rules.iter().map(demand).collect();
+        if let Some(decision) = self.counters.refused(&asked) {
+            self.metrics.remembered.inc();
+            return Err(self.refuse(head, &rules, &decision.verdicts).into());
+        }
+        let announced = body.size_hint().lower();
+        let (estimate, body) = if rules.iter().any(|rule| rule.cost == Cost::Tokens) {
+            let (estimate, body) = tokens::read(head, body).await?;
+            (Some(estimate), body)
+        } else {
+            (None, body)
+        };
+        for (asked, rule) in asked.iter_mut().zip(&rules) {
+            let cost = match rule.cost {
+                Cost::One | Cost::InFlight => 1,
+                Cost::Bytes => announced,
+                Cost::Tokens => estimate.map_or(0, |estimate| {
+                    estimate.input.saturating_add(estimate.output.unwrap_or(rule.reserve)).max(1)
+                }),
+            };
+            asked.demand.cost = amount(cost).min(rule.quota.most());
+        }
+        let answer = match self.counters.take(&asked).await {
+            Ok(answer) => answer,
+            Err(failure) => {
+                self.metrics.store_failure.inc();
+                match self.on_store_failure {
+                    OnStoreFailure::Local => self.counters.take_locally(&asked, self.counters.replicas()),
+                    OnStoreFailure::Allow => {
+                        let reading = estimate.map(Reading::new);
+                        return Ok((Passed { reading, ..Passed::default() }, body));
+                    }
+                    OnStoreFailure::Deny => {
+                        let error = Error::new(Kind::RateLimitUnavailable, failure);
+                        return Err(error.with_retry_after(Duration::from_secs(1)).into());
+                    }
+                }
+            }
+        };
+        if !answer.decision.passes {
+            return Err(self.refuse(head, &rules, &answer.decision.verdicts).into());
+        }
+        for (rule, verdict) in rules.iter().zip(&answer.decision.verdicts) {
+            if verdict.fits {
+                rule.metrics.passed.inc()
+            } else {
+                rule.metrics.shadow_limited.inc()
+            };
+        }
+        let mut taken = Vec::new();
+        for (n, rule) in rules.iter().enumerate().filter(|(_, rule)| rule.cost != Cost::One) {
+            taken.extend(answer.taken(&asked, n).map(|taken| (taken, rule.cost)));
+        }
+        let fields = self.fields(&rules, &answer.decision.verdicts);
+        Ok((Passed { fields, taken, reading: estimate.map(Reading::new) }, body))
+    }
+
+    fn refuse(&self, head: &Parts, rules: &[&Compiled], verdicts: &[Verdict]) -> Error {
+        let full = || rules.iter().zip(verdicts).filter(|(rule, verdict)| !verdict.fits && !rule.shadow);
+        for (rule, _) in full() {
+            rule.metrics.limited.inc();
+        }
+        // The one that lasts longest.
+        let last = full().max_by_key(|(_, verdict)| verdict.wait);
+        if let (Some(exchange), Some((rule, _))) = (head.extensions.get::<Exchange>(), last) {
+            exchange.facts().rate_limited = Some(rule.name.clone());
+        }
+        let mut error = Error::from(Kind::RateLimited);
+        if let Some(wait) = last.and_then(|(_, verdict)| verdict.wait) {
+            error = error.with_retry_after(wait);
+        }
+        self.fields(rules, verdicts).into_iter().fold(error, |error, (name, value)| error.with_field(name, value))
+    }
+
+    fn fields(&self, rules: &[&Compiled], verdicts: &[Verdict]) -> Vec<(HeaderName, HeaderValue)> {
+        let told = rules.iter().zip(verdicts).filter(|(rule, _)| !rule.shadow);
+        headers::fields(&told.map(|(rule, verdict)| (*rule, *verdict)).collect::<Vec<_>>(), self.styles)
+    }
+}
+
+/// What a request that passed goes on with.
+#[derive(Default)]
+struct Passed {
+    fields: Vec<(HeaderName, HeaderValue)>,
+    taken: Vec<(Taken, Cost)>,
+    reading: Option<Reading>,
+}
+
+/// Limits how much each may use: see the [module](self).
+#[derive(Debug, Clone)]
+pub struct RateLimitLayer {
+    gate: Arc<Gate>,
+}
+
+impl RateLimitLayer {
+    /// The limits of the route of this name. With a Redis it needs a tokio runtime.
+    #[must_use]
+    pub fn new(config: &Config, route: &str, state: &State, redis: Option<&Redis>, metrics: &Metrics) -> Self {
+        let scope = config.scope.as_deref().unwrap_or(route);
+        let gate = Gate {
+            route: route.into(),
+            rules: config.rules.iter().map(|rule| Compiled::new(rule, route, scope, redis, metrics)).collect(),
+            counters: state.counters(redis),
+            on_store_failure: config.on_store_failure,
+            styles: Styles { legacy: config.legacy_headers, openai: config.openai_headers },
+            metrics: metrics.rate_limit(route),
+        };
+        Self { gate: Arc::new(gate) }
+    }
+
+    /// The limits themselves.
+    #[must_use]
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+}
+
+impl<S> Layer<S> for RateLimitLayer {
+    type Service = RateLimit<S>;
+
+    fn layer(&self, inner: S) -> RateLimit<S> {
+        RateLimit { inner, gate: self.gate.clone() }
+    }
+}
+
+/// The service of [`RateLimitLayer`].
+///
+/// # Errors
+/// [`Kind::RateLimited`], [`Kind::RateLimitUnavailable`].
+#[derive(Debug, Clone)]
+pub struct RateLimit<S> {
+    inner: S,
+    gate: Arc<Gate>,
+}
+
+impl<S> Service<Request> for RateLimit<S>
+where
+    S: Service<Request, Response = Response, Error = BoxError, Future: Send> + Clone + Send + 'static,
+{
+    type Response = Response;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let fresh = self.inner.clone();
+        let mut inner = mem::replace(&mut self.inner, fresh);
+        let gate = self.gate.clone();
+        Box::pin(async move {
+            let (mut head, body) = request.into_parts();
+            let (Passed { fields, taken, reading }, body) = gate.pass(&mut head, body).await?;
+            let mut owed = (!taken.is_empty() || reading.is_some()).then(|| Owed {
+                gate: gate.clone(),
+                taken,
+                reading,
+                exchange: head.extensions.get().cloned(),
+                sent: 0,
+                announced: body.size_hint().lower(),
+            });
+            match inner.call(Request::from_parts(head, body)).await {
+                Ok(mut response) => {
+                    headers::write(fields, response.headers_mut());
+                    Ok(match owed {
+                        Some(owed) => owed.until_end_of(response),
+                        None => response,
+                    })
+                }
+                Err(error) => {
+                    owed.iter_mut().filter_map(|owed| owed.reading.as_mut()).for_each(Reading::fail);
+                    let told = |error: Error, (name, value)| error.with_field(name, value);
+                    Err(fields.into_iter().fold(Error::of(error), told).into())
+                }
+            }
+        })
+    }
+}
+
+/// What a request has taken and is settled when it is over: when this is dropped.
+struct Owed {
+    gate: Arc<Gate>,
+    taken: Vec<(Taken, Cost)>,
+    /// Where tokens are counted.
+    reading: Option<Reading>,
+    exchange: Option<Exchange>,
+    /// Bytes of the response's body that went by.
+    sent: u64,
+    /// What the request's body was said to be, where nobody counts it.
+    announced: u64,
+}
+
+impl Owed {
+    fn until_end_of(mut self, response: Response) -> Response {
+        if let Some(reading) = &mut self.reading {
+            reading.begin(&response);
+        }
+        if let Some(exchange) = self.exchange.clone() {
+            let mut facts = exchange.facts();
+            if let Some(tunnel) = facts.tunnel.take() {
+                let both: (Self, Box<dyn Any + Send>) = (self, tunnel);
+                facts.tunnel = Some(Box::new(both));
+                return response;
+            }
+        }
+        if response.body().is_end_stream() {
+            self.end();
+            return response;
+        }
+        response.map(|body| Body::new(ResponseBody { body, owed: Some(self), ready: None, after: None }))
+    }
+
+    /// The response is whole. What of it is still held back.
+    fn end(&mut self) -> Option<Bytes> {
+        self.reading.as_mut().and_then(Reading::end)
+    }
+
+    fn bytes(&self) -> u64 {
+        match &self.exchange {
+            Some(exchange) => {
+                exchange.received().load(Ordering::Relaxed) + exchange.sent().load(Ordering::Relaxed).max(self.sent)
+            }
+            None => self.announced + self.sent,
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        let usage = self.reading.as_ref().map(Reading::usage);
+        if let Some(usage) = usage {
+            self.gate.metrics.tokens_in.inc_by(usage.input);
+            self.gate.metrics.tokens_out.inc_by(usage.output);
+            if let Some(exchange) = &self.exchange {
+                exchange.facts().tokens = Some((usage.input, usage.output));
+            }
+        }
+        let bytes = self.bytes();
+        for (taken, cost) in self.taken.drain(..) {
+            let used = match cost {
+                Cost::Bytes => bytes,
+                Cost::Tokens => usage.map_or(0, Usage::total),
+                Cost::InFlight => 0,
+                Cost::One => 1,
+            };
+            self.gate.counters.settle(taken, amount(used));
+        }
+    }
+}
+
+pin_project! {
+    /// A response's body, at whose end is settled what its request has taken.
+    struct ResponseBody {
+        body: Body,
+        // None where it is over.
+        owed: Option<Owed>,
+        // What may pass of the last frame.
+        ready: Option<Frames>,
+        // Trailers, which come after what was held back.
+        after: Option<Frame<Bytes>>,
+    }
+}
+
+impl HttpBody for ResponseBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.project();
+        loop {
+            if let Some(data) = this.ready.as_mut().and_then(Iterator::next) {
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
+            *this.ready = None;
+            let Some(owed) = this.owed.as_mut() else { return Poll::Ready(this.after.take().map(Ok)) };
+            let frame = match ready!(Pin::new(&mut *this.body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => {
+                    *this.owed = None;
+                    return Poll::Ready(Some(Err(error)));
+                }
+                None => {
+                    let held = owed.end();
+                    *this.owed = None;
+                    return Poll::Ready(held.map(|held| Ok(Frame::data(held))));
+                }
+            };
+            let Some(data) = frame.data_ref() else {
+                // Behind trailers there is nothing.
+                let held = owed.end();
+                *this.owed = None;
+                let Some(held) = held else { return Poll::Ready(Some(Ok(frame))) };
+                *this.after = Some(frame);
+                return Poll::Ready(Some(Ok(Frame::data(held))));
+            };
+            owed.sent += data.len() as u64;
+            match owed.reading.as_mut().and_then(|reading| reading.pass(data)) {
+                None => return Poll::Ready(Some(Ok(frame))),
+                frames => *this.ready = frames,
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.ready.is_none() && self.after.is_none() && !self.filters() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.filters() { SizeHint::default() } else { self.body.size_hint() }
+    }
+}
+
+impl ResponseBody {
+    fn filters(&self) -> bool {
+        self.owed.as_ref().and_then(|owed| owed.reading.as_ref()).is_some_and(Reading::filters)
+    }
+}
+
+impl fmt::Debug for Owed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Owed").finish_non_exhaustive()
+    }
+}
