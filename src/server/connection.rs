@@ -628,11 +628,12 @@ impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
     fn call(&self, request: http::Request<Incoming>) -> Self::Future {
         let in_flight = Some(InFlight::begin(&self.watch));
         let (before_11, connect) = (request.version() < Version::HTTP_11, request.method() == Method::CONNECT);
+        let http2 = request.version() == Version::HTTP_2;
         let mut request: Request = request.map(|incoming| {
             if incoming.is_end_stream() {
                 return Body::empty();
             }
-            Body::new(Inbound { incoming, ended: false, watch: self.watch.clone() })
+            Body::new(Inbound { incoming, http2, ended: false, watch: self.watch.clone() })
         });
         request.extensions_mut().insert(self.facts.clone());
         // Room for what the layers add: an id, `Via` and where the request came from. Grown once, not twice.
@@ -676,6 +677,7 @@ where
 /// A request's body, whose failure is the client's.
 struct Inbound {
     incoming: Incoming,
+    http2: bool,
     ended: bool,
     watch: Arc<Watch>,
 }
@@ -688,6 +690,11 @@ impl HttpBody for Inbound {
         let polled = Pin::new(&mut self.incoming).poll_frame(cx);
         if let Poll::Ready(None) = polled {
             self.ended = true;
+            // hyper takes a RST_STREAM with NO_ERROR for an end, which only END_STREAM is (RFC 9113 §8.1).
+            if self.http2 && !self.incoming.is_end_stream() {
+                let cut = Error::new(Kind::ClientReset, "the stream was reset before its end");
+                return Poll::Ready(Some(Err(cut.into())));
+            }
         }
         polled.map_err(|error| Error::new(Kind::ClientReset, error).into())
     }

@@ -3,8 +3,9 @@
 //! HTTP/1.1 connections are pooled, HTTP/2 multiplexes over one. An HTTP/1.1 connection has no task of its
 //! own: whoever waits for its response or reads its body drives it, so that a frame costs no switch of tasks
 //! and a burst of frames is read, gathered and handed on in one turn. Dropping the response's future or its
-//! body cancels the request upstream at once: the HTTP/1.1 connection is closed, the HTTP/2 stream is reset. A body that breaks off fails with [`Kind::UpstreamReset`], so that nobody downstream takes it
-//! for complete.
+//! body cancels the request upstream at once: the HTTP/1.1 connection is closed, the HTTP/2 stream is reset. A body that
+//! breaks off fails with [`Kind::UpstreamReset`], so that nobody downstream takes it for complete; over HTTP/2 that is
+//! every body without an `END_STREAM`, whatever the stream was reset with.
 //!
 //! A request that a pooled connection did not take is sent again on another: it was never on the wire. One
 //! that was written to a pooled connection that the upstream had meanwhile closed is sent once more if it is
@@ -730,12 +731,14 @@ enum Lease {
 impl Lease {
     /// Lets the connection drive itself.
     fn detach(&mut self) {
-        if let Self::Http1 { connection: Connection { send, drive }, .. } = mem::replace(self, Self::Ended) {
-            *self = match drive {
-                Some(drive) => Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) },
-                None => Self::Ended,
-            };
-        }
+        *self = match mem::replace(self, Self::Ended) {
+            Self::Http1 { connection: Connection { send, drive: Some(drive) }, .. } => {
+                Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) }
+            }
+            Self::Http1 { .. } => Self::Ended,
+            // A stream needs nobody to drive it.
+            other => other,
+        };
     }
 
     /// Gives the connection back.
@@ -836,6 +839,13 @@ impl HttpBody for Driven {
             Some(Err(error)) => {
                 this.lease = Lease::Ended;
                 Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, error).into())))
+            }
+            // hyper takes a RST_STREAM with NO_ERROR for an end. It may follow a whole response, for a request that
+            // need not be sent to its end (RFC 9113 §8.1); without an END_STREAM before it, it is none.
+            None if matches!(this.lease, Lease::Http2 { .. }) && !this.incoming.is_end_stream() => {
+                this.lease = Lease::Ended;
+                let why = "the stream was reset before its end";
+                Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, why).into())))
             }
             None => {
                 this.lease.end();

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::harness::{
     Backend, Ending, Proxy, Wire,
     backend::Http2Backend,
-    client::{self, Http2Client},
+    client::{self, DATA, HEADERS, Http2Client, RST_STREAM, RawHttp2},
     figure, ms, within,
 };
 
@@ -236,6 +236,83 @@ async fn an_http2_upstream_that_resets_its_stream_leaves_no_last_chunk() {
     assert_eq!(client.chunk().await.unwrap(), b"one");
     drop(body);
     client.ended().await;
+}
+
+/// What the end of a stream says that was reset without an error.
+const NO_ERROR: &[u8] = &[0; 4];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_http2_response_without_an_end_has_none_whatever_its_stream_was_reset_with() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), HTTP2_UPSTREAM).await;
+    let mut client = proxy.connect().await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nx-request-id: unended-1\r\n\r\n").await;
+    let mut upstream = RawHttp2::serving(backend.accept().await).await;
+    upstream.frame().await;
+    upstream.send(HEADERS, 4, 1, &[0x88]).await;
+    upstream.send(DATA, 0, 1, b"one").await;
+    client.head().await;
+    assert_eq!(client.chunk().await.unwrap(), b"one");
+    upstream.send(RST_STREAM, 0, 1, NO_ERROR).await;
+    client.ended().await;
+    let line = proxy.access_line("unended-1").await;
+    assert_eq!((&line["aborted_by"], &line["error"]), (&"upstream".into(), &"upstream-reset".into()), "{line}");
+
+    let client = Http2Client::to(proxy.address()).await;
+    let (request, answer) = client.begin(Request::get("http://sidegate.test/").body(()).unwrap());
+    request.finish();
+    let answering = async {
+        upstream.frame_of(3).await;
+        upstream.send(HEADERS, 4, 3, &[0x88]).await;
+        upstream.send(DATA, 0, 3, b"one").await;
+    };
+    let (answer, ()) = tokio::join!(within("the head", answer), answering);
+    let mut body = answer.unwrap().into_body();
+    assert_eq!(client::data(&mut body).await.unwrap(), "one");
+    upstream.send(RST_STREAM, 0, 3, NO_ERROR).await;
+    let end = within("the end of the body", body.frame()).await;
+    end.expect("not an end of stream").expect_err("a reset");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_answer_is_whole_although_the_rest_of_its_upload_is_refused() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), HTTP2_UPSTREAM).await;
+    let mut client = proxy.connect().await;
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n").await;
+    let mut upstream = RawHttp2::serving(backend.accept().await).await;
+    assert_eq!(upstream.frame().await.kind, HEADERS);
+    assert_eq!(upstream.frame().await.payload, b"one");
+    upstream.send(HEADERS, 4, 1, &[0x88]).await;
+    upstream.send(DATA, 1, 1, b"enough").await;
+    upstream.send(RST_STREAM, 0, 1, NO_ERROR).await;
+    assert_eq!(client.answer().await.text(), "enough");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_of_http2_without_an_end_is_never_a_whole_request() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    // NO_ERROR and CANCEL.
+    for code in [0, 8] {
+        let mut client = RawHttp2::to(proxy.address()).await;
+        let id = format!("cut-{code}");
+        let fields: [(&[u8], &[u8]); 5] = [
+            (b":method", b"POST"),
+            (b":scheme", b"http"),
+            (b":path", b"/"),
+            (b":authority", b"a"),
+            (b"x-request-id", id.as_bytes()),
+        ];
+        client.request(&fields, false).await;
+        client.send(DATA, 0, 1, b"half").await;
+        let (mut upstream, _) = backend.accept_head().await;
+        assert_eq!(upstream.chunk().await.unwrap(), b"half");
+        client.send(RST_STREAM, 0, 1, &[0, 0, 0, code]).await;
+        let (rest, _) = upstream.rest().await;
+        assert!(rest.is_empty(), "no last chunk: {}", rest.escape_ascii());
+        assert_eq!(proxy.access_line(&id).await["aborted_by"], "client");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
