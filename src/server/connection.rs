@@ -73,10 +73,14 @@ const CLOSE_GRACE: Duration = Duration::from_secs(5);
 const FRESH_GRACE: Duration = Duration::from_secs(1);
 /// How much of an unread request body is thrown away after the answer, at most.
 const LINGER_BYTES: u32 = 1 << 20;
-/// `SETTINGS_INITIAL_WINDOW_SIZE`: what one HTTP/2 stream may send before its handler reads.
+/// `SETTINGS_INITIAL_WINDOW_SIZE`: what one HTTP/2 stream may send before its handler reads, and so what it may send in
+/// the time that it takes to the client and back: 2.5 MB/s over 100 ms.
 const STREAM_WINDOW: u32 = 256 << 10;
-/// What all streams of one connection together may send before they are read.
-const CONNECTION_WINDOW: u32 = 1 << 20;
+/// The same where a connection may have so many streams that they would hold more than [`HELD`].
+const LEAST_STREAM_WINDOW: u32 = 64 << 10;
+/// What all streams of one connection together may send before they are read, as long as that leaves each of them
+/// [`LEAST_STREAM_WINDOW`].
+const HELD: u32 = 64 << 20;
 
 /// The hard limits of a connection. hyper answers a request beyond them with a bare 431 or 414, so they stand a
 /// little above those of `layers::hygiene`, which answers with a reason.
@@ -90,6 +94,23 @@ pub struct Limits {
     pub uri_bytes: usize,
     /// Streams that one HTTP/2 connection may have open.
     pub http2_streams: u32,
+}
+
+impl Limits {
+    /// The flow-control windows of a stream of HTTP/2 and of its connection.
+    ///
+    /// The connection's is as large as those of all its streams together. Were it smaller, as in most servers, requests
+    /// that wait in a queue would use it up with bodies that nobody reads yet, and starve those that they wait for. (Nor
+    /// is hyper's adaptive window of use: it makes both of one size.) The bound on what a connection can make us hold is
+    /// therefore `http2_streams` times [`STREAM_WINDOW`], at most [`HELD`]; with more than a thousand streams it is
+    /// [`LEAST_STREAM_WINDOW`] for each. (What small frames cost beside their bytes, h2 bounds by half of that.) nginx
+    /// gives each stream 64 KiB, and the connection no bound of its own.
+    fn windows(self) -> (u32, u32) {
+        let streams = self.http2_streams.max(1);
+        let stream = (HELD / streams).clamp(LEAST_STREAM_WINDOW, STREAM_WINDOW);
+        // RFC 9113 §6.9.1: no window is larger than that.
+        (stream, stream.saturating_mul(streams).min(i32::MAX.cast_unsigned()))
+    }
 }
 
 impl Default for Limits {
@@ -170,12 +191,13 @@ impl<H> Shared<H> {
             // Up to 100 fields hyper parses on its stack, which is cheaper.
             http1.max_headers(limits.headers + 28);
         }
+        let (stream_window, connection_window) = limits.windows();
         let mut http2 = http2::Builder::new(Streams(timing.clone()));
         http2
             .max_concurrent_streams(limits.http2_streams)
             .max_header_list_size(u32::try_from(head).unwrap_or(u32::MAX))
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(CONNECTION_WINDOW)
+            .initial_stream_window_size(stream_window)
+            .initial_connection_window_size(connection_window)
             .max_send_buf_size(STREAM_WINDOW as usize)
             // Rapid reset (CVE-2023-44487, CVE-2025-8671): streams that were reset before we took them, and
             // streams that we had to reset for errors of the client's. Beyond either, GOAWAY.
@@ -1389,6 +1411,18 @@ mod tests {
         serving.abort();
         timeout(secs(1), tunnelled.recv()).await.expect("it is cut");
         assert_eq!(client.read(&mut pong).await.unwrap(), 0);
+    }
+
+    #[test]
+    fn all_streams_of_http2_together_do_not_fill_their_connection() {
+        for (http2_streams, stream, held) in [
+            (1, 256 << 10, 256 << 10),
+            (200, 256 << 10, 50 << 20),
+            (500, 134_217, 67_108_500),
+            (10_000, 64 << 10, 655_360_000),
+        ] {
+            assert_eq!(Limits { http2_streams, ..Limits::default() }.windows(), (stream, held), "{http2_streams}");
+        }
     }
 
     #[test]

@@ -128,7 +128,8 @@ pub struct Limits {
     pub header_bytes: ByteSize,
     /// Bytes of a request's target, 1KiB to 63KiB; more are a 414. Default `16KiB`.
     pub uri_bytes: ByteSize,
-    /// Streams that one HTTP/2 connection may have open at once, 1 to 10000. Default 200.
+    /// Streams that one HTTP/2 connection may have open at once, 1 to 10000. Each may have sent 256 KiB of its body before
+    /// it is read (down to 64 KiB where all of them together would be more than 64 MiB). Default 200.
     pub http2_streams: NonZeroU32,
 }
 

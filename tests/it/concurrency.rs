@@ -8,12 +8,14 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
+use http::Request;
 use serde_json::json;
 use tokio::{net::TcpListener, task::JoinSet};
 
 use crate::harness::{
     Backend, Message, Proxy, Wire,
-    backend::Http2Backend,
+    backend::{BodySender, Http2Backend},
     client::{Http2Client, data},
     eventually, within,
 };
@@ -272,4 +274,41 @@ routes:
         upstream.send(OK).await;
         assert_eq!(client.answer().await.text(), "ok");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_wait_do_not_starve_the_one_that_they_wait_for() {
+    let backend = Backend::start().await;
+    let file = of_upstream("max_in_flight: 1, queue: 20, queue_timeout: 60s");
+    let proxy = Proxy::before(&backend.url(), &file).await;
+    let client = Http2Client::to(proxy.address()).await;
+    let mut answers = JoinSet::new();
+    let mut begin = || {
+        let (body, answer) = client.begin(Request::post("http://sidegate.test/").body(()).unwrap());
+        answers.spawn(async { answer.await.unwrap().status() });
+        body
+    };
+    let first = begin();
+    let mut upstream = backend.accept().await;
+    // All over one connection, each as much as a stream may send unread.
+    let waiting: Vec<_> = (0..8).map(|_| begin()).collect();
+    queued(&proxy, 8).await;
+    within("what waits to be sent", join_all(waiting.into_iter().map(upload))).await;
+
+    let (request, ()) = tokio::join!(upstream.request(), upload(first));
+    assert_eq!(request.body.len(), 256 << 10);
+    upstream.send(OK).await;
+    for _ in 0..8 {
+        assert_eq!(upstream.request().await.body.len(), 256 << 10);
+        upstream.send(OK).await;
+    }
+    assert!(within("the answers", answers.join_all()).await.iter().all(|status| *status == 200));
+}
+
+/// Sends a body of 256 KiB.
+async fn upload(body: BodySender) {
+    for _ in 0..4 {
+        body.data(vec![0; 64 << 10]).await;
+    }
+    body.finish();
 }
