@@ -3,6 +3,7 @@
 use std::{borrow::Cow, fmt, path::PathBuf, str::FromStr, sync::Arc};
 
 use http::{Uri, uri::Authority};
+use rustls::pki_types::{InvalidDnsNameError, ServerName};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -79,9 +80,20 @@ impl FromStr for Address {
             return Err(format!("`{text}` has port 0, which nothing listens on"));
         }
         let authority = format!("{}:{port}", authority.host());
-        let authority = authority.parse().map_err(|_| format!("`{text}` is no endpoint: {FORMS}"))?;
+        let authority: Authority = authority.parse().map_err(|_| format!("`{text}` is no endpoint: {FORMS}"))?;
+        if tls && server_name(&authority).is_err() {
+            return Err(format!(
+                "`{text}` has a host that no certificate can name: https:// needs a DNS name or an IP"
+            ));
+        }
         Ok(Self::Tcp { tls, authority })
     }
+}
+
+/// Whom TLS asks for at `authority`.
+pub(super) fn server_name(authority: &Authority) -> Result<ServerName<'static>, InvalidDnsNameError> {
+    let host = authority.host().trim_start_matches('[').trim_end_matches(']');
+    ServerName::try_from(host.to_owned())
 }
 
 impl<'de> Deserialize<'de> for Address {
@@ -126,6 +138,8 @@ mod tests {
         assert_eq!(name("http://backend"), "backend:80");
         assert_eq!(name("https://backend/"), "backend:443");
         assert_eq!(name("http://[::1]:8000"), "[::1]:8000");
+        assert_eq!(name("https://[::1]"), "[::1]:443");
+        assert_eq!(name("https://my_service.local"), "my_service.local:443");
         assert_eq!(name("unix:/run/app.sock"), "unix:/run/app.sock");
     }
 
@@ -142,6 +156,8 @@ mod tests {
             "http://a:99999",
             "http://a:",
             "unix:a",
+            "https://a..b",
+            "https://-a-",
         ] {
             assert!(wrong.parse::<Address>().is_err(), "{wrong}");
         }

@@ -28,7 +28,7 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tower::Service;
 
-use super::Address;
+use super::address::{Address, server_name};
 use crate::message::BoxError;
 
 /// A connection, of whatever kind: one type, so that hyper's client is compiled once.
@@ -202,8 +202,7 @@ impl Connector {
                 let tls = match tls {
                     None => None,
                     Some(config) => {
-                        let host = authority.host().trim_start_matches('[').trim_end_matches(']');
-                        let name = ServerName::try_from(host.to_owned())?;
+                        let name = server_name(authority)?;
                         Some(Arc::new(Tls { connector: Arc::new(config).into(), name }))
                     }
                 };

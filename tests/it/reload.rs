@@ -81,6 +81,16 @@ async fn a_wrong_file_changes_nothing_and_is_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_host_that_no_certificate_can_name_is_a_mistake_like_others() {
+    let proxy = Proxy::start(&saying("before")).await;
+    proxy.rewrite("upstreams: { api: { endpoints: [\"https://a..b\"] }, other: { respond: { status: 99 } } }");
+    let answer = proxy.admin_post("/reload").await;
+    let problems = answer.json()["problems"].clone();
+    let keys: Vec<_> = problems.as_array().unwrap().iter().map(|problem| problem["key"].clone()).collect();
+    assert!(keys.contains(&json!("upstreams.api.endpoints.0")) && keys.len() > 1, "{problems}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_needs_a_restart_is_refused_by_name() {
     let proxy = Proxy::start(&saying("before")).await;
     proxy.rewrite(&format!("threads: 7\nlimits: {{ headers: 7 }}\n{}", saying("after")));
