@@ -154,7 +154,7 @@ fn layers(criterion: &mut Criterion) {
     let access_log = AccessLogLayer::new(Some(writer.clone()), metrics.clone());
     let retry = RetryLayer::new(&retry::Config::default(), Budget::default(), metrics.retries("api"));
     let target = Target::fixed(&Entry::to("offline"), HttpService::new(short()));
-    let fallback = FallbackLayer::new("route", "api", vec![target], 1 << 20, metrics.clone());
+    let fallback = FallbackLayer::new("route", "api", vec![target], 1 << 20, &metrics);
 
     let mut group = criterion.benchmark_group("request");
     measure(&mut group, "nothing", &short());

@@ -57,17 +57,25 @@ struct Store {
     built: Option<Redis>,
 }
 
-/// An endpoint of an upstream, by the upstream's name.
-type Key = (String, Address);
+/// An endpoint of an upstream, by both their names as logs and metrics have them.
+type Key = (String, String);
 
 /// What is known of endpoints. Shared with the tasks of upstreams, which find new ones.
 struct Live {
     metrics: Metrics,
-    clients: Mutex<HashMap<Key, (client::Config, Client)>>,
+    /// The one that holds, and that of a configuration that may come to.
+    clients: Mutex<HashMap<Key, Vec<Known>>>,
     breakers: Mutex<HashMap<Key, Arc<Breaker>>>,
     endpoints: Mutex<HashMap<Key, Arc<Endpoint>>>,
     /// A configuration has taken effect: endpoints that come now are added to a running process.
     running: AtomicBool,
+}
+
+/// A client, and what it was made of.
+struct Known {
+    origin: Address,
+    config: client::Config,
+    client: Client,
 }
 
 /// The balancers of one upstream: the one that holds, and one of a configuration that may come to.
@@ -75,6 +83,15 @@ struct Live {
 struct Balancers {
     holds: Option<(Shape, Arc<Balancer>, Upkeep)>,
     built: Option<(Shape, Arc<Balancer>)>,
+}
+
+impl Balancers {
+    /// Whether an endpoint of `upstream` is drained. It stays so, and is passed over, also where there is no choice left.
+    fn drains(&self, upstream: &Upstream) -> bool {
+        let names: Vec<_> = upstream.endpoints.iter().flatten().map(|entry| entry.url.to_string()).collect();
+        let members = self.holds.iter().flat_map(|(_, balancer, _)| balancer.members());
+        members.filter(|member| member.endpoint.is_drained()).any(|member| names.contains(&member.origin.to_string()))
+    }
 }
 
 /// What a balancer is made of: where it is the same, so is the balancer.
@@ -208,6 +225,12 @@ impl Registry {
         breakers
     }
 
+    /// Whether requests to the upstream `name` are to be balanced: where there is a choice, or something known.
+    #[must_use]
+    pub fn is_balanced(&self, name: &str, upstream: &Upstream) -> bool {
+        upstream.is_balanced() || self.balancers.lock().get(name).is_some_and(|known| known.drains(upstream))
+    }
+
     /// What balances over the endpoints of an upstream: the one that there is, unless its settings changed. Its tasks
     /// begin when the configuration holds, with [`retain`](Self::retain).
     ///
@@ -299,32 +322,41 @@ impl Registry {
     }
 
     /// Makes the live state that of `settings`: what changed holds, and what belongs to endpoints that are no longer
-    /// named is dropped. Requests in flight keep theirs to their end. Needs a tokio runtime.
+    /// named, or to a configuration that never held, is dropped. Requests in flight keep theirs to their end. Needs a
+    /// tokio runtime.
     pub fn retain(&self, settings: &Settings) {
         let upstreams = &settings.upstreams;
         self.hold_balancers(upstreams);
         let balancers = self.balancers();
-        let named = |(name, address): &Key| {
-            let upstream = upstreams.get(name)?;
-            let listed = upstream.endpoints.iter().flatten().any(|known| known.url == *address);
-            let found = || balancers.get(name)?.members().into_iter().find(|member| member.address == *address);
-            (listed || found().is_some()).then_some(upstream)
-        };
+        let mut named: HashMap<Key, &Upstream> = HashMap::new();
+        for (name, upstream) in upstreams {
+            let listed = upstream.endpoints.iter().flatten().map(|entry| entry.url.to_string());
+            let found = balancers.get(name).map(|balancer| balancer.members()).unwrap_or_default();
+            let found = found.into_iter().map(|member| member.endpoint.name().to_string());
+            named.extend(listed.chain(found).map(|endpoint| ((name.clone(), endpoint), upstream)));
+        }
         let live = &self.live;
-        live.clients.lock().retain(|key, _| named(key).is_some());
+        live.clients.lock().retain(|key, known| {
+            let Some(upstream) = named.get(key) else { return false };
+            let config = upstream.client();
+            let listed = |origin: &Address| upstream.endpoints.iter().flatten().any(|entry| entry.url == *origin);
+            known.retain(|known| known.config == config && listed(&known.origin));
+            !known.is_empty()
+        });
         self.budgets.lock().retain(|name, _| upstreams.contains_key(name));
         live.endpoints.lock().retain(|key, endpoint| {
-            let upstream = named(key).filter(|upstream| upstream.is_balanced());
+            // Where nothing is balanced, nothing is drained, and there are no checks to be kept.
+            let upstream = named.get(key).filter(|_| balancers.contains_key(&key.0));
             match upstream {
                 Some(upstream) => {
                     endpoint.change(|health, _| health.adopt(&upstream.health.clone().unwrap_or_default()));
                 }
-                None => live.metrics.forget_balanced(endpoint.upstream(), endpoint.name()),
+                None => live.metrics.forget_health(endpoint.upstream(), endpoint.name()),
             }
             upstream.is_some()
         });
         live.breakers.lock().retain(|key, breaker| {
-            let config = named(key).and_then(|upstream| upstream.circuit_breaker.as_ref());
+            let config = named.get(key).and_then(|upstream| upstream.circuit_breaker.as_ref());
             match config {
                 Some(config) => breaker.adopt(config),
                 None => live.metrics.forget_breaker(breaker.upstream(), breaker.endpoint()),
@@ -369,7 +401,8 @@ impl Registry {
     /// Lets the balancers of `upstreams` hold, and ends the tasks of others.
     fn hold_balancers(&self, upstreams: &BTreeMap<String, Upstream>) {
         self.balancers.lock().retain(|name, known| {
-            let Some(upstream) = upstreams.get(name).filter(|upstream| upstream.is_balanced()) else { return false };
+            let is_balanced = |upstream: &&Upstream| upstream.is_balanced() || known.drains(upstream);
+            let Some(upstream) = upstreams.get(name).filter(is_balanced) else { return false };
             let shape = Shape::of(upstream);
             let built = known.built.take().filter(|(of, _)| *of == shape);
             if known.holds.as_ref().is_some_and(|(of, ..)| *of == shape) {
@@ -395,19 +428,21 @@ impl Live {
         dial: Option<SocketAddr>,
     ) -> Result<Client, BoxError> {
         let mut clients = self.clients.lock();
-        let key = (name.to_owned(), address.clone());
-        if let Some((_, client)) = clients.get(&key).filter(|(known, _)| *known == config) {
-            return Ok(client.clone());
+        let key = (name.to_owned(), address.to_string());
+        let is_it = |known: &&Known| known.config == config && known.origin == *origin;
+        if let Some(known) = clients.get(&key).and_then(|known| known.iter().find(is_it)) {
+            return Ok(known.client.clone());
         }
         let client = Client::dialling(name, origin, dial, &config, &self.metrics)?;
-        clients.insert(key, (config, client.clone()));
+        let known = Known { origin: origin.clone(), config, client: client.clone() };
+        clients.entry(key).or_default().push(known);
         Ok(client)
     }
 
     fn breaker(&self, name: &str, config: &circuit_breaker::Config, address: &Address) -> Arc<Breaker> {
         let mut breakers = self.breakers.lock();
         let new = || Arc::new(Breaker::new(name, &address.to_string(), config.clone(), &self.metrics));
-        breakers.entry((name.to_owned(), address.clone())).or_insert_with(new).clone()
+        breakers.entry((name.to_owned(), address.to_string())).or_insert_with(new).clone()
     }
 }
 
@@ -425,7 +460,7 @@ impl Roster for Of {
             (Some(dial), Address::Tcp { tls, .. }) => Address::Tcp { tls: *tls, authority: dial.to_string().parse()? },
             (_, url) => url.clone(),
         };
-        let key = (self.upstream.clone(), address.clone());
+        let key = (self.upstream.clone(), address.to_string());
         // One that was the only one so far is nothing new.
         let added = self.live.running.load(Ordering::Relaxed) && !self.live.clients.lock().contains_key(&key);
         let client = self.live.client(&self.upstream, self.client.clone(), &address, &entry.url, dial)?;
@@ -446,15 +481,22 @@ impl Roster for Of {
     }
 
     fn settle(&self, members: &[Member]) {
-        let stays = |(upstream, address): &Key| {
-            *upstream != self.upstream || members.iter().any(|member| member.address == *address)
+        let stays = |(upstream, endpoint): &Key| {
+            *upstream != self.upstream || members.iter().any(|member| **member.endpoint.name() == **endpoint)
         };
-        self.live.clients.lock().retain(|key, _| stays(key));
-        self.live.breakers.lock().retain(|key, _| stays(key));
-        self.live.endpoints.lock().retain(|key, endpoint| {
+        let live = &self.live;
+        live.clients.lock().retain(|key, _| stays(key));
+        live.breakers.lock().retain(|key, breaker| {
             let stays = stays(key);
             if !stays {
-                self.live.metrics.forget_balanced(endpoint.upstream(), endpoint.name());
+                live.metrics.forget_breaker(breaker.upstream(), breaker.endpoint());
+            }
+            stays
+        });
+        live.endpoints.lock().retain(|key, endpoint| {
+            let stays = stays(key);
+            if !stays {
+                live.metrics.forget_health(endpoint.upstream(), endpoint.name());
             }
             stays
         });

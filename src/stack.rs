@@ -63,7 +63,7 @@ impl Stack {
     ///
     /// # Errors
     /// The first thing that cannot be set up, with its place. Nothing is left out because it could not be
-    /// set up.
+    /// set up. What `registry` was made to hold for it goes with [`Registry::retain`] of the settings that hold.
     pub fn build(settings: &Settings, registry: &Registry) -> Result<Self, BuildError> {
         let redis = registry.redis(settings.redis.as_ref());
         let redis = redis.map_err(|error| BuildError { key: "redis".to_owned(), error })?;
@@ -277,7 +277,7 @@ impl Upstreams<'_> {
                     .map(|config| ConcurrencyLayer::new(self.registry.limiter(Scope::Upstream, name, config)));
                 let breaker = self.registry.breakers_of(name, upstream);
                 let endpoints = match &*endpoints.0 {
-                    [only] if !upstream.is_balanced() => {
+                    [only] if !self.registry.is_balanced(name, upstream) => {
                         let client = self.registry.client(name, upstream, &only.url)?;
                         attempt(&self.policies, client, breaker(&only.url))
                     }
@@ -301,8 +301,7 @@ impl Upstreams<'_> {
         let targets = config.to.iter().map(|entry| target(entry).map_err(|error| (&*entry.upstream, error)));
         let targets = targets.collect::<Result<_, _>>()?;
         let replay = config.replay.to_usize();
-        let metrics = self.registry.metrics().clone();
-        Ok(Some(FallbackLayer::new(&route.name(), &route.upstream, targets, replay, metrics)))
+        Ok(Some(FallbackLayer::new(&route.name(), &route.upstream, targets, replay, self.registry.metrics())))
     }
 }
 

@@ -14,7 +14,7 @@
 //! | `GET /rate-limits`, `GET /rate-limits/{rule}`, `DELETE /rate-limits/{rule}` | the rules; one counter, read or reset, by `key=VALUE` for each part of the rule's key, and `route=ROUTE` |
 //! | `GET /health/redis` | whether Redis is `up`, how long it took to answer, reconnects, calls in flight; `off` where it is switched off |
 //! | `GET /health/upstreams` | their health alone, with the last check |
-//! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads |
+//! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads, also where one leaves it alone in its upstream |
 //! | `POST /upstreams/{upstream}/undrain` | sends to it again |
 //! | `GET /sessions` | up to `?limit=` (100, at most 1000) sessions, of `?principal=` or all: the beginning of the digest of each, when it began and was last seen, whose it is. In a cluster, of all primaries. `complete` is false where there are more, or Redis took longer than 10 s |
 //! | `DELETE /sessions/{id}` | revokes one, by its `id` in the list; other replicas may take two seconds |
@@ -589,7 +589,8 @@ mod tests {
         let (admin, _reloads) = admin(LOOPBACK);
         admin.configuration().upstreams =
             vec![("api".to_owned(), vec!["127.0.0.1:8000".to_owned()]), ("off".to_owned(), Vec::new())];
-        admin.0.registry.metrics().endpoint("api", "127.0.0.1:8000").answered.inc();
+        let samples = admin.0.registry.metrics().endpoint("api", "127.0.0.1:8000");
+        samples.answered.inc();
         let (_, health) = ask(&admin, request("GET", "/health")).await;
         let health: Value = serde_json::from_str(&health).unwrap();
         assert_eq!(health["components"]["upstreams"]["api"]["answered"], 1);

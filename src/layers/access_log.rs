@@ -17,8 +17,9 @@
 //! let service = ServiceBuilder::new()
 //!     .layer(AccessLogLayer::new(None, metrics.clone()))
 //!     .service(service_fn(|_: Request<Body>| async { Ok::<_, std::convert::Infallible>(Response::new(Body::empty())) }));
-//! let response = service.oneshot(Request::new(Body::empty())).await.unwrap();
+//! let response = service.clone().oneshot(Request::new(Body::empty())).await.unwrap();
 //! drop(response);
+//! // They are there for as long as the service is.
 //! assert!(metrics.encode().contains(r#"sidegate_requests_total{route="none",status_class="2xx"} 1"#));
 //! # });
 //! ```

@@ -3,9 +3,15 @@
 //! Every label takes its values from the configuration or from a fixed list, so the number of series is
 //! known at load and no request can add one. A request finds its series by a pointer that its route holds,
 //! not by hashing labels.
+//!
+//! The series of a route, an upstream or an endpoint are there for as long as anything counts into them: over reloads
+//! under the same names, and after its removal until its last request is over. Then they go, so that names that come and
+//! go do not add up.
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
+    hash::Hash,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -34,9 +40,11 @@ pub struct Metrics(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     registry: Mutex<Registry>,
-    routes: Mutex<HashMap<Box<str>, Arc<RouteMetrics>>>,
-    /// The transitions that there are series of: a family cannot be asked which it has.
+    /// By how many each is shown. Whoever makes one 0 removes its series under this lock.
+    shown: Mutex<HashMap<Of, usize>>,
+    /// The series that there are of these: a family cannot be asked which it has.
     transitions: Mutex<HashSet<Transition>>,
+    fell_back: Mutex<HashSet<FellBack>>,
     families: Families,
     process: Process,
 }
@@ -206,6 +214,7 @@ pub struct RouteMetrics {
     pub sent: Counter,
     /// Requests that have not ended.
     pub in_flight: Gauge,
+    _shown: Shown,
 }
 
 impl RouteMetrics {
@@ -247,6 +256,7 @@ pub struct AuthMetrics {
     pub throttled: Counter,
     /// Tokens that could not be judged, for want of keys.
     pub unavailable: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the sessions of one route, found once at load.
@@ -262,6 +272,7 @@ pub struct SessionMetrics {
     pub foreign: Counter,
     /// Requests whose session is not kept, because the store is out of order.
     pub unkept: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the rate limits of one route, found once at load.
@@ -275,6 +286,7 @@ pub struct RateLimitMetrics {
     pub tokens_in: Counter,
     /// Tokens that they made.
     pub tokens_out: Counter,
+    _shown: Shown,
 }
 
 /// Samples of one rule of a route's rate limits, found once at load.
@@ -286,6 +298,7 @@ pub struct RuleMetrics {
     pub limited: Counter,
     /// Requests that it would have refused.
     pub shadow_limited: Counter,
+    _shown: Shown,
 }
 
 /// Samples of one endpoint of an upstream, found once at load.
@@ -299,6 +312,7 @@ pub struct EndpointMetrics {
     pub cancelled: Counter,
     /// Connections opened.
     pub connected: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the retries to one upstream, found once at load.
@@ -316,6 +330,44 @@ pub struct RetryMetrics {
     pub deadline: Counter,
     /// Failures that were passed on because the request's body was no longer at hand.
     pub body: Counter,
+    _shown: Shown,
+}
+
+/// Samples of the fallbacks of one route.
+#[derive(Debug, Clone)]
+pub struct FallbackMetrics {
+    all: Metrics,
+    route: String,
+    _shown: Vec<Shown>,
+}
+
+/// Why a request cannot be sent to another upstream.
+const NO_FALLBACK: [&str; 2] = ["body", "json"];
+
+impl FallbackMetrics {
+    /// Counts a request that goes from the upstream `from`, which failed so, to another one. Upstreams and failures are
+    /// those of the file.
+    pub fn made(&self, from: &str, to: &str, reason: &impl ToString) {
+        let (from, to) = (from.to_owned(), to.to_owned());
+        let labels = FellBack { route: self.route.clone(), from, to, reason: reason.to_string() };
+        self.all.0.families.fallbacks.get_or_create(&labels).inc();
+        self.all.0.fell_back.lock().insert(labels);
+    }
+
+    /// Counts a request that could not go to the upstream `to`, because its body was no longer at hand.
+    pub fn no_body(&self, to: &str) {
+        self.not_made(to, NO_FALLBACK[0]);
+    }
+
+    /// Counts a request that could not go to the upstream `to`, because its body was not JSON to rewrite.
+    pub fn no_json(&self, to: &str) {
+        self.not_made(to, NO_FALLBACK[1]);
+    }
+
+    fn not_made(&self, to: &str, reason: &'static str) {
+        let labels = NoFallback { route: self.route.clone(), to: to.to_owned(), reason };
+        self.all.0.families.no_fallbacks.get_or_create(&labels).inc();
+    }
 }
 
 /// Samples of an endpoint that is balanced over, found once at load.
@@ -329,6 +381,7 @@ pub struct BalancedMetrics {
     pub passed: Counter,
     /// Checks that failed.
     pub failed: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the choice between the endpoints of one upstream, found once at load.
@@ -346,6 +399,7 @@ pub struct PickMetrics {
     pub resolved: Counter,
     /// Lookups of a name that did not.
     pub unresolved: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the circuit breaker of one endpoint, found once at load.
@@ -355,6 +409,7 @@ pub struct BreakerMetrics {
     pub state: Gauge,
     /// Requests that it refused.
     pub refused: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the limit of one route or upstream, found once at load.
@@ -372,6 +427,7 @@ pub struct ConcurrencyMetrics {
     pub queue_full: Counter,
     /// Refused after `queue_timeout`.
     pub queue_timeout: Counter,
+    _shown: Shown,
 }
 
 /// Samples of the calls to Redis. Cheap to clone.
@@ -505,8 +561,14 @@ impl Metrics {
         all.register("reloads", "Reloads that took effect", p.reloads.clone());
         all.register("reloads_refused", "Reloads that were refused", p.reloads_refused.clone());
         all.register("log_lines_dropped", "Log lines lost to a slow reader", p.log_lines_dropped.clone());
-        let (routes, transitions) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Shared { registry: Mutex::new(all), routes, transitions, families, process }))
+        Self(Arc::new(Shared {
+            registry: Mutex::new(all),
+            shown: Mutex::default(),
+            transitions: Mutex::default(),
+            fell_back: Mutex::default(),
+            families,
+            process,
+        }))
     }
 
     /// The samples of the server as a whole.
@@ -518,13 +580,10 @@ impl Metrics {
     /// The samples of the route `name`: the same ones for the same name, over reloads.
     #[must_use]
     pub fn route(&self, name: &str) -> Arc<RouteMetrics> {
-        let mut routes = self.0.routes.lock();
-        if let Some(known) = routes.get(name) {
-            return known.clone();
-        }
+        let shown = self.show(Of::Route(name.to_owned()));
         let f = &self.0.families;
         let route = Route { route: name.to_owned() };
-        let made = Arc::new(RouteMetrics {
+        Arc::new(RouteMetrics {
             name: name.into(),
             requests: CLASSES.map(|status_class| {
                 f.requests.get_or_create(&RouteClass { route: name.to_owned(), status_class }).clone()
@@ -536,14 +595,14 @@ impl Metrics {
             received: f.received.get_or_create(&route).clone(),
             sent: f.sent.get_or_create(&route).clone(),
             in_flight: f.in_flight.get_or_create(&route).clone(),
-        });
-        routes.insert(name.into(), made.clone());
-        made
+            _shown: shown,
+        })
     }
 
     /// The samples of the auth of a route.
     #[must_use]
     pub fn auth(&self, route: &str) -> AuthMetrics {
+        let shown = self.show(Of::Auth(route.to_owned()));
         let counter = |outcome| {
             let labels = RouteOutcome { route: route.to_owned(), outcome };
             self.0.families.auth.get_or_create(&labels).clone()
@@ -556,12 +615,14 @@ impl Metrics {
             forbidden: counter("forbidden"),
             throttled: counter("throttled"),
             unavailable: counter("unavailable"),
+            _shown: shown,
         }
     }
 
     /// The samples of the sessions of a route.
     #[must_use]
     pub fn sessions(&self, route: &str) -> SessionMetrics {
+        let shown = self.show(Of::Sessions(route.to_owned()));
         let counter = |outcome| {
             let labels = RouteOutcome { route: route.to_owned(), outcome };
             self.0.families.sessions.get_or_create(&labels).clone()
@@ -572,12 +633,14 @@ impl Metrics {
             unknown: counter("unknown"),
             foreign: counter("foreign"),
             unkept: counter("unkept"),
+            _shown: shown,
         }
     }
 
     /// The samples of the rate limits of a route.
     #[must_use]
     pub fn rate_limit(&self, route: &str) -> RateLimitMetrics {
+        let shown = self.show(Of::RateLimit(route.to_owned()));
         let (f, labels) = (&self.0.families, Route { route: route.to_owned() });
         let tokens = |direction| {
             let labels = RouteTokens { route: route.to_owned(), direction };
@@ -588,12 +651,14 @@ impl Metrics {
             tokens_out: tokens("output"),
             remembered: f.rate_limit_remembered.get_or_create(&labels).clone(),
             store_failure: f.rate_limit_store_failures.get_or_create(&labels).clone(),
+            _shown: shown,
         }
     }
 
     /// The samples of a rule of the rate limits of a route.
     #[must_use]
     pub fn rule(&self, route: &str, rule: &str) -> RuleMetrics {
+        let shown = self.show(Of::Rule { route: route.to_owned(), rule: rule.to_owned() });
         let counter = |outcome| {
             let labels = RuleOutcome { route: route.to_owned(), rule: rule.to_owned(), outcome };
             self.0.families.rate_limits.get_or_create(&labels).clone()
@@ -602,12 +667,14 @@ impl Metrics {
             passed: counter("passed"),
             limited: counter("limited"),
             shadow_limited: counter("shadow_limited"),
+            _shown: shown,
         }
     }
 
     /// The samples of an endpoint.
     #[must_use]
     pub fn endpoint(&self, upstream: &str, endpoint: &str) -> EndpointMetrics {
+        let shown = self.show(Of::Attempts(Endpoint::of(upstream, endpoint)));
         let counter = |outcome| {
             let labels = Attempt { upstream: upstream.to_owned(), endpoint: endpoint.to_owned(), outcome };
             self.0.families.attempts.get_or_create(&labels).clone()
@@ -617,12 +684,14 @@ impl Metrics {
             failed: counter("failed"),
             cancelled: counter("cancelled"),
             connected: counter("connected"),
+            _shown: shown,
         }
     }
 
     /// The samples of the retries to an upstream.
     #[must_use]
     pub fn retries(&self, upstream: &str) -> RetryMetrics {
+        let shown = self.show(Of::Retries(upstream.to_owned()));
         let (made, not_made) = (&self.0.families.retries, &self.0.families.not_retried);
         let made = |outcome| made.get_or_create(&Retried { upstream: upstream.to_owned(), outcome }).clone();
         let not_made = |reason| not_made.get_or_create(&NotRetried { upstream: upstream.to_owned(), reason }).clone();
@@ -633,41 +702,38 @@ impl Metrics {
             budget: not_made("budget"),
             deadline: not_made("deadline"),
             body: not_made("body"),
+            _shown: shown,
         }
     }
 
-    /// Counts a request of `route` that goes from the upstream `from`, which failed so, to another one. Upstreams and
-    /// failures are those of the file.
-    pub fn fallback(&self, route: &str, from: &str, to: &str, reason: &impl ToString) {
-        let [route, from, to] = [route, from, to].map(str::to_owned);
-        let labels = FellBack { route, from, to, reason: reason.to_string() };
-        self.0.families.fallbacks.get_or_create(&labels).inc();
-    }
-
-    /// Counts a request of `route` that could not go to the upstream `to`: its `body` was no longer at hand, or was not
-    /// `json` to rewrite.
-    pub fn no_fallback(&self, route: &str, to: &str, reason: &'static str) {
-        let labels = NoFallback { route: route.to_owned(), to: to.to_owned(), reason };
-        self.0.families.no_fallbacks.get_or_create(&labels).inc();
+    /// The samples of the fallbacks of `route`, whose requests go to one of `upstreams` after another.
+    #[must_use]
+    pub fn fallbacks<'a>(&self, route: &str, upstreams: impl Iterator<Item = &'a str>) -> FallbackMetrics {
+        let shown =
+            upstreams.map(|name| self.show(Of::Fallback { route: route.to_owned(), upstream: name.to_owned() }));
+        FallbackMetrics { _shown: shown.collect(), all: self.clone(), route: route.to_owned() }
     }
 
     /// The samples of an endpoint that is balanced over.
     #[must_use]
     pub fn balanced(&self, upstream: &str, endpoint: &str) -> BalancedMetrics {
+        let shown = self.show(Of::Balanced(Endpoint::of(upstream, endpoint)));
         let f = &self.0.families;
-        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        let labels = Endpoint::of(upstream, endpoint);
         let check = |outcome| f.checks.get_or_create(&Attempt::of(upstream, endpoint, outcome)).clone();
         BalancedMetrics {
             in_flight: f.endpoint_in_flight.get_or_create(&labels).clone(),
             healthy: f.endpoint_healthy.get_or_create(&labels).clone(),
             passed: check("passed"),
             failed: check("failed"),
+            _shown: shown,
         }
     }
 
     /// The samples of the choice between the endpoints of an upstream.
     #[must_use]
     pub fn picks(&self, upstream: &str) -> PickMetrics {
+        let shown = self.show(Of::Picks(upstream.to_owned()));
         let f = &self.0.families;
         let of = |family: &Family<Retried, Counter>, outcome| {
             family.get_or_create(&Retried { upstream: upstream.to_owned(), outcome }).clone()
@@ -679,6 +745,7 @@ impl Metrics {
             none: of(&f.picks, "no_healthy_endpoint"),
             resolved: of(&f.lookups, "resolved"),
             unresolved: of(&f.lookups, "failed"),
+            _shown: shown,
         }
     }
 
@@ -702,38 +769,21 @@ impl Metrics {
         self.0.families.redis.state.remove(&[]);
     }
 
-    /// Shows an endpoint no longer that was balanced over, its attempts included: with names that stand for ever new
-    /// addresses there would be no end of them.
-    pub fn forget_balanced(&self, upstream: &str, endpoint: &str) {
-        let f = &self.0.families;
-        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
-        f.endpoint_in_flight.remove(&labels);
-        f.endpoint_healthy.remove(&labels);
-        f.breaker_state.remove(&labels);
-        f.breaker_refused.remove(&labels);
-        self.0.transitions.lock().retain(|of| {
-            let gone = of.upstream == upstream && of.endpoint == endpoint;
-            if gone {
-                f.breaker_transitions.remove(of);
-            }
-            !gone
-        });
-        for outcome in ["passed", "failed"] {
-            f.checks.remove(&Attempt::of(upstream, endpoint, outcome));
-        }
-        for outcome in ["answered", "failed", "cancelled", "connected"] {
-            f.attempts.remove(&Attempt::of(upstream, endpoint, outcome));
-        }
+    /// Shows no health of an endpoint that is no longer looked after, while its last requests are counted.
+    pub fn forget_health(&self, upstream: &str, endpoint: &str) {
+        self.0.families.endpoint_healthy.remove(&Endpoint::of(upstream, endpoint));
     }
 
     /// The samples of the circuit breaker of an endpoint.
     #[must_use]
     pub fn breaker(&self, upstream: &str, endpoint: &str) -> BreakerMetrics {
+        let shown = self.show(Of::Breaker(Endpoint::of(upstream, endpoint)));
         let f = &self.0.families;
-        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
+        let labels = Endpoint::of(upstream, endpoint);
         BreakerMetrics {
             state: f.breaker_state.get_or_create(&labels).clone(),
             refused: f.breaker_refused.get_or_create(&labels).clone(),
+            _shown: shown,
         }
     }
 
@@ -744,15 +794,15 @@ impl Metrics {
         self.0.transitions.lock().insert(labels);
     }
 
-    /// Shows no state of a circuit breaker that is gone. Its counters stay, as counters must.
+    /// Shows no state of a circuit breaker that is no longer asked, while its last requests are counted.
     pub fn forget_breaker(&self, upstream: &str, endpoint: &str) {
-        let labels = Endpoint { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() };
-        self.0.families.breaker_state.remove(&labels);
+        self.0.families.breaker_state.remove(&Endpoint::of(upstream, endpoint));
     }
 
     /// The samples of the limit of a route or upstream.
     #[must_use]
     pub fn concurrency(&self, scope: &'static str, name: &str) -> ConcurrencyMetrics {
+        let shown = self.show(Of::Limit(Limited { scope, name: name.to_owned() }));
         let f = &self.0.families;
         let labels = Limited { scope, name: name.to_owned() };
         let shed = |reason| f.concurrency_shed.get_or_create(&Shed { scope, name: name.to_owned(), reason }).clone();
@@ -763,10 +813,11 @@ impl Metrics {
             queue_wait: f.concurrency_wait.get_or_create(&labels).clone(),
             queue_full: shed("queue_full"),
             queue_timeout: shed("queue_timeout"),
+            _shown: shown,
         }
     }
 
-    /// Shows no limit that is gone. Its counters stay, as counters must.
+    /// Shows no limit that nobody is held to, while its last requests are counted.
     pub fn forget_concurrency(&self, scope: &'static str, name: &str) {
         let f = &self.0.families;
         let labels = Limited { scope, name: name.to_owned() };
@@ -778,6 +829,11 @@ impl Metrics {
     /// Counts a response that sidegate made itself. `slug` comes from `message::Kind`, a closed list.
     pub fn error(&self, slug: &'static str) {
         self.0.families.errors.get_or_create(&Slug { slug }).inc();
+    }
+
+    fn show(&self, of: Of) -> Shown {
+        *self.0.shown.lock().entry(of.clone()).or_default() += 1;
+        Shown(Arc::new(Holder { of, all: self.0.clone() }))
     }
 
     /// The text that `GET /metrics` answers.
@@ -794,6 +850,165 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Keeps series there while it, or a clone of it, is. Part of all that counts into them: so nothing is counted that is
+/// not shown.
+#[derive(Debug, Clone)]
+struct Shown(#[expect(dead_code, reason = "it is there to be dropped")] Arc<Holder>);
+
+struct Holder {
+    of: Of,
+    all: Arc<Shared>,
+}
+
+impl fmt::Debug for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.of.fmt(f)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        // Held to the end, so that nobody finds a series that is then removed.
+        let mut shown = self.all.shown.lock();
+        if let Some(others @ 2..) = shown.get_mut(&self.of) {
+            *others -= 1;
+        } else {
+            shown.remove(&self.of);
+            self.all.forget(&self.of);
+        }
+    }
+}
+
+/// Series that come and go together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Of {
+    Route(String),
+    Auth(String),
+    Sessions(String),
+    RateLimit(String),
+    Rule {
+        route: String,
+        rule: String,
+    },
+    Retries(String),
+    Picks(String),
+    Attempts(Endpoint),
+    Balanced(Endpoint),
+    Breaker(Endpoint),
+    Limit(Limited),
+    /// From the upstream or to it.
+    Fallback {
+        route: String,
+        upstream: String,
+    },
+}
+
+impl Shared {
+    fn forget(&self, of: &Of) {
+        let f = &self.families;
+        match of {
+            Of::Route(name) => {
+                let route = Route { route: name.clone() };
+                for status_class in CLASSES {
+                    f.requests.remove(&RouteClass { route: name.clone(), status_class });
+                }
+                for by in AbortedBy::ALL {
+                    f.aborted.remove(&RouteBy { route: name.clone(), by: by.as_str() });
+                }
+                f.duration.remove(&route);
+                f.first_byte.remove(&route);
+                f.received.remove(&route);
+                f.sent.remove(&route);
+                f.in_flight.remove(&route);
+            }
+            Of::Auth(route) => {
+                for outcome in ["passed", "anonymous", "missing", "invalid", "forbidden", "throttled", "unavailable"] {
+                    f.auth.remove(&RouteOutcome { route: route.clone(), outcome });
+                }
+            }
+            Of::Sessions(route) => {
+                for outcome in ["known", "new", "unknown", "foreign", "unkept"] {
+                    f.sessions.remove(&RouteOutcome { route: route.clone(), outcome });
+                }
+            }
+            Of::RateLimit(route) => {
+                for direction in ["input", "output"] {
+                    f.tokens.remove(&RouteTokens { route: route.clone(), direction });
+                }
+                let labels = Route { route: route.clone() };
+                f.rate_limit_remembered.remove(&labels);
+                f.rate_limit_store_failures.remove(&labels);
+            }
+            Of::Rule { route, rule } => {
+                for outcome in ["passed", "limited", "shadow_limited"] {
+                    f.rate_limits.remove(&RuleOutcome { route: route.clone(), rule: rule.clone(), outcome });
+                }
+            }
+            Of::Retries(upstream) => {
+                for outcome in ["answered", "failed", "cancelled"] {
+                    f.retries.remove(&Retried { upstream: upstream.clone(), outcome });
+                }
+                for reason in ["budget", "deadline", "body"] {
+                    f.not_retried.remove(&NotRetried { upstream: upstream.clone(), reason });
+                }
+            }
+            Of::Picks(upstream) => {
+                for outcome in ["picked", "panic", "circuit_open", "no_healthy_endpoint"] {
+                    f.picks.remove(&Retried { upstream: upstream.clone(), outcome });
+                }
+                for outcome in ["resolved", "failed"] {
+                    f.lookups.remove(&Retried { upstream: upstream.clone(), outcome });
+                }
+            }
+            Of::Attempts(of) => {
+                for outcome in ["answered", "failed", "cancelled", "connected"] {
+                    f.attempts.remove(&Attempt::of(&of.upstream, &of.endpoint, outcome));
+                }
+            }
+            Of::Balanced(of) => {
+                f.endpoint_in_flight.remove(of);
+                f.endpoint_healthy.remove(of);
+                for outcome in ["passed", "failed"] {
+                    f.checks.remove(&Attempt::of(&of.upstream, &of.endpoint, outcome));
+                }
+            }
+            Of::Breaker(of) => {
+                f.breaker_state.remove(of);
+                f.breaker_refused.remove(of);
+                let gone = |labels: &Transition| (&labels.upstream, &labels.endpoint) == (&of.upstream, &of.endpoint);
+                forget_some(&f.breaker_transitions, &self.transitions, gone);
+            }
+            Of::Limit(labels) => {
+                for gauge in [&f.concurrency_limit, &f.concurrency_in_flight, &f.concurrency_queued] {
+                    gauge.remove(labels);
+                }
+                f.concurrency_wait.remove(labels);
+                for reason in ["queue_full", "queue_timeout"] {
+                    f.concurrency_shed.remove(&Shed { scope: labels.scope, name: labels.name.clone(), reason });
+                }
+            }
+            Of::Fallback { route, upstream } => {
+                let gone = |labels: &FellBack| labels.route == *route && [&labels.from, &labels.to].contains(&upstream);
+                forget_some(&f.fallbacks, &self.fell_back, gone);
+                for reason in NO_FALLBACK {
+                    f.no_fallbacks.remove(&NoFallback { route: route.clone(), to: upstream.clone(), reason });
+                }
+            }
+        }
+    }
+}
+
+/// Removes the series of `family` that are `gone` of those that there are.
+fn forget_some<L: Clone + Eq + Hash>(
+    family: &Family<L, Counter>,
+    known: &Mutex<HashSet<L>>,
+    gone: impl Fn(&L) -> bool,
+) {
+    for labels in known.lock().extract_if(|labels| gone(labels)) {
+        family.remove(&labels);
     }
 }
 
@@ -924,6 +1139,12 @@ struct Endpoint {
     endpoint: String,
 }
 
+impl Endpoint {
+    fn of(upstream: &str, endpoint: &str) -> Self {
+        Self { upstream: upstream.to_owned(), endpoint: endpoint.to_owned() }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Transition {
     upstream: String,
@@ -947,17 +1168,85 @@ struct Shed {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, prelude::*};
+
     use super::*;
 
     #[test]
     fn a_route_keeps_its_samples_over_a_reload() {
         let metrics = Metrics::new();
-        metrics.route("chat").finished(Some(StatusCode::OK), Duration::from_millis(3), None);
-        metrics.route("chat").finished(None, Duration::from_millis(3), None);
+        let before = metrics.route("chat");
+        before.finished(Some(StatusCode::OK), Duration::from_millis(3), None);
+        let after = metrics.route("chat");
+        drop(before);
+        after.finished(None, Duration::from_millis(3), None);
         let text = metrics.encode();
         assert!(text.contains(r#"sidegate_requests_total{route="chat",status_class="2xx"} 1"#), "{text}");
         assert!(text.contains(r#"sidegate_requests_total{route="chat",status_class="none"} 1"#), "{text}");
         assert!(text.contains(r#"sidegate_duration_seconds_bucket{le="0.005",route="chat"} 2"#), "{text}");
         assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn no_series_is_left_of_what_is_gone() {
+        let metrics = Metrics::new();
+        let empty = metrics.encode();
+        let lines = |metrics: &Metrics| metrics.encode().lines().filter(|line| line.contains("here")).count();
+        let route = (metrics.route("here"), metrics.auth("here"), metrics.sessions("here"));
+        let limits = (metrics.rate_limit("here"), metrics.rule("here", "all"));
+        let fallbacks = metrics.fallbacks("here", ["own", "other"].into_iter());
+        fallbacks.made("own", "other", &"503");
+        fallbacks.no_body("other");
+        fallbacks.no_json("other");
+        let upstream = (metrics.retries("here"), metrics.picks("here"), metrics.concurrency("upstream", "here"));
+        let endpoint = (metrics.endpoint("here", "a"), metrics.balanced("here", "a"), metrics.breaker("here", "a"));
+        metrics.breaker_transition("here", "a", "open", "operator");
+        let before = lines(&metrics);
+        let another = (endpoint.0.clone(), metrics.breaker("here", "a"), fallbacks.clone());
+        drop((route, limits, fallbacks, upstream, endpoint));
+        assert!(lines(&metrics) < before);
+        another.0.failed.inc();
+        another.1.refused.inc();
+        another.2.made("own", "other", &"503");
+        for shown in [
+            r#"sidegate_upstream_attempts_total{upstream="here",endpoint="a",outcome="failed"} 1"#,
+            r#"sidegate_circuit_breaker_refused_total{upstream="here",endpoint="a"} 1"#,
+            r#"sidegate_circuit_breaker_transitions_total{upstream="here",endpoint="a",to="open",reason="operator"} 1"#,
+            r#"sidegate_fallbacks_total{route="here",from="own",to="other",reason="503"} 2"#,
+        ] {
+            assert!(metrics.encode().contains(shown), "{shown} is counted into: {}", metrics.encode());
+        }
+        drop(another);
+        assert_eq!(metrics.encode(), empty);
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_comes_and_goes_what_is_counted_is_shown(steps in vec((0..3_usize, any::<bool>()), 1..60)) {
+            let metrics = Metrics::new();
+            let mut held: [Vec<EndpointMetrics>; 3] = Default::default();
+            let mut counted = [0; 3];
+            for (n, comes) in steps {
+                if comes {
+                    held[n].push(metrics.endpoint("api", &n.to_string()));
+                } else if !held[n].is_empty() {
+                    held[n].remove(0);
+                }
+                if let Some(one) = held[n].last() {
+                    one.answered.inc();
+                    counted[n] += 1;
+                } else {
+                    counted[n] = 0;
+                }
+                let text = metrics.encode();
+                for (n, (held, counted)) in held.iter().zip(counted).enumerate() {
+                    let series = "sidegate_upstream_attempts_total";
+                    let labels = format!("upstream=\"api\",endpoint=\"{n}\"");
+                    prop_assert_eq!(text.contains(&labels), !held.is_empty());
+                    let line = format!("{series}{{{labels},outcome=\"answered\"}} {counted}\n");
+                    prop_assert!(held.is_empty() || text.contains(&line), "{}", text);
+                }
+            }
+        }
     }
 }

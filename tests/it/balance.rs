@@ -207,6 +207,62 @@ async fn an_endpoint_is_drained_over_reloads_until_it_is_put_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_drained_endpoint_stays_out_when_it_is_left_alone_in_its_upstream() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let both = file(&[one.url(), other.url()], "", "");
+    let alone = file(&[one.url()], "", "");
+    let proxy = Proxy::start(&both).await;
+    let set = |what: &str| format!("/upstreams/api/{what}?endpoint={}", name(&one.url()));
+    assert_eq!(proxy.admin_post(&set("drain")).await.status(), 200);
+    for file in [&alone, &both, &alone] {
+        proxy.rewrite(file);
+        assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+        assert_eq!(shown(&proxy).await[name(&one.url())]["drained"], true);
+    }
+    assert_eq!(proxy.get("/").await.status(), 503, "it is drained, and there is no other");
+    assert_eq!(proxy.admin_post(&set("undrain")).await.status(), 200);
+    ask(&proxy, 5, GET).await;
+    assert_eq!((one.requests().len(), other.requests().len()), (5, 0));
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    ask(&proxy, 5, GET).await;
+    let all = proxy.admin_get("/upstreams").await.json();
+    assert_eq!(all["upstreams"], json!([]), "one that is not drained needs no balancing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_stays_of_several_endpoints_is_counted_on() {
+    let (one, other) = (Recorder::ok().await, Recorder::ok().await);
+    let breaker = ", circuit_breaker: {}";
+    let both = file(&[one.url(), weighted(&other.url(), 0)], breaker, "");
+    let proxy = Proxy::start(&both).await;
+    let labels = format!("upstream=\"api\",endpoint=\"{}\"", name(&one.url()));
+    let answered = format!("sidegate_upstream_attempts_total{{{labels},outcome=\"answered\"}}");
+    let state = format!("sidegate_circuit_breaker_state{{{labels}}}");
+    let secure = both.replacen("http://", "https://", 1);
+    ask(&proxy, 5, GET).await;
+    for (file, after) in [(file(&[one.url()], breaker, ""), 10), (both, 15)] {
+        proxy.rewrite(&file);
+        assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+        ask(&proxy, 5, GET).await;
+        assert_eq!(proxy.sample(&answered).await, after);
+        let health = proxy.admin_get("/health").await.json();
+        assert_eq!(health["components"]["upstreams"]["api"]["answered"], after, "{health}");
+        assert!(proxy.admin_get("/metrics").await.text().contains(&state));
+    }
+    assert_eq!(proxy.admin_post("/circuit-breakers/api/open").await.status(), 200);
+    assert_eq!(proxy.sample(&state).await, 2);
+    // Another scheme is no other endpoint to those who read metrics.
+    proxy.rewrite(&secure);
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    eventually("what is gone to be gone", async || proxy.sample(&answered).await == 15).await;
+    assert_eq!(proxy.sample(&state).await, 2);
+    let health = shown(&proxy).await[name(&one.url())].clone();
+    assert_eq!((&health["health"], &health["circuit_breaker"]), (&json!("up"), &json!("open")));
+    let healthy = format!("sidegate_endpoint_healthy{{{labels}}}");
+    assert_eq!(proxy.sample(&healthy).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn with_all_endpoints_drained_there_is_none() {
     let one = Backend::start().await;
     let proxy = Proxy::start(&file(&[one.url()], ", balance: {}", "")).await;
@@ -232,7 +288,7 @@ async fn what_belongs_to_an_endpoint_goes_with_it() {
     ));
     assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     ask(&proxy, 10, GET).await;
-    assert!(!metrics().await.contains(name(&url)), "no series is left");
+    eventually("no series is left", async || !metrics().await.contains(name(&url))).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

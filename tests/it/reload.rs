@@ -3,7 +3,7 @@
 use rustix::process::Signal;
 use serde_json::json;
 
-use crate::harness::{Backend, Proxy, backend::Recorder, client::Http2Client};
+use crate::harness::{Backend, Proxy, backend::Recorder, client::Http2Client, eventually};
 
 /// A file whose only route answers with `text`.
 fn saying(text: &str) -> String {
@@ -88,6 +88,40 @@ async fn a_host_that_no_certificate_can_name_is_a_mistake_like_others() {
     let problems = answer.json()["problems"].clone();
     let keys: Vec<_> = problems.as_array().unwrap().iter().map(|problem| problem["key"].clone()).collect();
     assert!(keys.contains(&json!("upstreams.api.endpoints.0")) && keys.len() > 1, "{problems}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_come_and_go_leave_nothing_in_the_metrics() {
+    let backend = Backend::start().await;
+    let named = |n: &str| {
+        let url = backend.url();
+        format!(
+            "upstreams: {{ up-{n}: {{ endpoints: [\"{url}\"], balance: {{}}, circuit_breaker: {{}}, concurrency: {{ max_in_flight: 9 }} }}, \
+             rest: {{ respond: {{ text: fixed }} }} }}
+defaults: {{ retry: {{}} }}
+routes: [{{ name: way-{n}, upstream: up-{n}, fallback: {{ to: [rest] }}, concurrency: {{ max_in_flight: 9 }} }}]"
+        )
+    };
+    let proxy = Proxy::start(&named("first")).await;
+    let mut client = proxy.connect().await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n").await;
+    client.head().await;
+    for n in ["second", "third"] {
+        proxy.rewrite(&named(n));
+        assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    }
+    let shown = async |what: &str| proxy.admin_get("/metrics").await.text().contains(what);
+    assert!(shown("way-third").await && shown("up-third").await);
+    eventually("the second to go", async || !shown("way-second").await && !shown("up-second").await).await;
+    // A request that goes on is counted where it can be seen.
+    assert_eq!(proxy.sample("sidegate_in_flight{route=\"way-first\"}").await, 1);
+    assert!(shown("sidegate_endpoint_in_flight{upstream=\"up-first\"").await);
+    upstream.send("0\r\n\r\n").await;
+    assert_eq!(client.chunk().await.unwrap(), b"one");
+    assert_eq!(client.chunk().await, None);
+    eventually("the first to go", async || !shown("way-first").await && !shown("up-first").await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,7 +34,7 @@
 //! }));
 //! let target = Target::fixed(&Entry::to("offline"), offline);
 //! let service = ServiceBuilder::new()
-//!     .layer(FallbackLayer::new("ask", "api", vec![target], 64 * 1024, Metrics::new()))
+//!     .layer(FallbackLayer::new("ask", "api", vec![target], 64 * 1024, &Metrics::new()))
 //!     .service(service_fn(|_: Request<Body>| async { Err::<Response<Body>, BoxError>(Error::from(Kind::ConnectFailed).into()) }));
 //! let response = service.oneshot(Request::new(Body::empty())).await.unwrap();
 //! assert_eq!(response.headers()["proxy-status"], r#"sidegate; next-hop="offline""#);
@@ -61,7 +61,7 @@ use crate::{
         Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
         headers::PROXY_STATUS, json,
     },
-    telemetry::{Exchange, Metrics},
+    telemetry::{Exchange, Metrics, metrics::FallbackMetrics},
 };
 
 /// Asks other upstreams after the first: see the [module](self).
@@ -72,19 +72,19 @@ pub struct FallbackLayer {
 
 #[derive(Debug)]
 struct Plan {
-    route: String,
     own: Arc<str>,
     targets: Vec<Target>,
     replay: usize,
-    metrics: Metrics,
+    metrics: FallbackMetrics,
 }
 
 impl FallbackLayer {
     /// A layer around the upstream `own` of the route `route`, which then asks `targets` in their order, and keeps up to
     /// `replay` bytes of a request's body for them. Counts in `metrics`.
     #[must_use]
-    pub fn new(route: &str, own: &str, targets: Vec<Target>, replay: usize, metrics: Metrics) -> Self {
-        Self { plan: Arc::new(Plan { route: route.to_owned(), own: own.into(), targets, replay, metrics }) }
+    pub fn new(route: &str, own: &str, targets: Vec<Target>, replay: usize, metrics: &Metrics) -> Self {
+        let metrics = metrics.fallbacks(route, [own].into_iter().chain(targets.iter().map(|target| &*target.name)));
+        Self { plan: Arc::new(Plan { own: own.into(), targets, replay, metrics }) }
     }
 }
 
@@ -273,17 +273,17 @@ impl Plan {
                 Ok(request) => request,
                 Err(Refusal::Failed(error)) => return Err(error),
                 Err(Refusal::Body) => {
-                    self.metrics.no_fallback(&self.route, &target.name, "body");
+                    self.metrics.no_body(&target.name);
                     continue;
                 }
                 Err(Refusal::Json) => {
-                    self.metrics.no_fallback(&self.route, &target.name, "json");
+                    self.metrics.no_json(&target.name);
                     continue;
                 }
             };
             // Cancels what is left of it, before anyone else is asked.
             drop(result);
-            self.metrics.fallback(&self.route, from, &target.name, &failure);
+            self.metrics.made(from, &target.name, &failure);
             if let Some(exchange) = head.extensions.get::<Exchange>() {
                 let mut facts = exchange.facts();
                 facts.fallback = true;
@@ -391,7 +391,7 @@ mod tests {
             let service = upstream(name, act, &asked);
             if name == "fixed" { Target::fixed(&entry, service) } else { Target::new(&entry, service).unwrap() }
         });
-        let layer = FallbackLayer::new("route", "own", targets.collect(), 100, Metrics::new());
+        let layer = FallbackLayer::new("route", "own", targets.collect(), 100, &Metrics::new());
         let result = layer.layer(upstream("own", first, &asked)).oneshot(request).await;
         let result = match result {
             Err(error) => Err(Error::find(&*error).map(Error::kind)),
@@ -568,7 +568,7 @@ mod tests {
         let own = HttpService::new(service_fn(|_: Request| std::future::pending::<Result<Response, BoxError>>()));
         let target = Target::new(&Entry::to("b"), upstream("b", Act::Answer(200), &asked)).unwrap();
         let metrics = Metrics::new();
-        let layer = FallbackLayer::new("route", "own", vec![target], 100, metrics.clone());
+        let layer = FallbackLayer::new("route", "own", vec![target], 100, &metrics);
         assert!(layer.layer(own).oneshot(post("")).now_or_never().is_none());
         assert!(asked.lock().is_empty() && !metrics.encode().contains("fallbacks_total{"));
     }
