@@ -2,7 +2,8 @@
 //!
 //! Asked for by SIGHUP, by a file whose content changed (that of the configuration, or one that it names), or by `POST /reload`. The whole configuration is read,
 //! checked and built first; only then it takes effect, in one step, for every request that arrives from then on. One
-//! that is wrong anywhere changes nothing: it is logged with all its problems, counted, and told of by `/health`.
+//! that is wrong anywhere changes nothing, and what was made for it goes again: it is logged with all its problems,
+//! counted, and told of by `/health`.
 //!
 //! What a running process cannot change is refused by name, so that no file seems to be in force that is not:
 //! see [`RESTART`].
@@ -139,6 +140,8 @@ impl Reloads {
                 Ok(generation)
             }
             Err(problems) => {
+                // What was made for it before it failed goes.
+                self.registry.retain(&self.settings);
                 process.reloads_refused.inc();
                 let list: Vec<_> = problems.iter().map(ToString::to_string).collect();
                 warn!(why, problems = list.join("; "), "reload refused, nothing has changed");

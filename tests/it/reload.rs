@@ -80,6 +80,55 @@ async fn a_wrong_file_changes_nothing_and_is_told_of() {
     assert_eq!(health["components"]["config"]["status"], "ok", "{health}");
 }
 
+/// The names of all series, without what counts reloads and connections.
+async fn series(proxy: &Proxy) -> Vec<String> {
+    let metrics = proxy.admin_get("/metrics").await.text();
+    let names = metrics.lines().filter_map(|line| Some(line.rsplit_once(' ')?.0.to_owned()));
+    let mut names: Vec<_> = names.collect();
+    names.sort_unstable();
+    names
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_fails_late_leaves_no_trace() {
+    let backend = Backend::start().await;
+    let url = backend.url();
+    let good = format!("upstreams: {{ api: {{ endpoints: [\"{url}\"] }} }}\n");
+    // A system without roots to trust, which is found out when all other upstreams have been set up.
+    let proxy = Proxy::start_with(&good, &[("SSL_CERT_FILE", "/dev/null"), ("SSL_CERT_DIR", "")]).await;
+    let mut client = proxy.connect().await;
+    client.send("GET /one HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send("HTTP/1.1 204 No Content\r\n\r\n").await;
+    client.answer().await;
+    let before = series(&proxy).await;
+    proxy.rewrite(&format!(
+        "upstreams:
+  api: {{ endpoints: [\"{url}\"], circuit_breaker: {{}}, pool: {{ idle: 7s }} }}
+  ghost: {{ endpoints: [\"http://127.0.0.1:3\", \"{url}\"], circuit_breaker: {{}}, concurrency: {{ max_in_flight: 3 }} }}
+  late: {{ endpoints: [\"https://127.0.0.1:5\"] }}
+routes:
+  - {{ upstream: api }}
+  - {{ match: {{ path: /ghost }}, upstream: ghost, concurrency: {{ max_in_flight: 2 }} }}
+  - {{ match: {{ path: /late }}, upstream: late }}
+"
+    ));
+    let answer = proxy.admin_post("/reload").await;
+    assert_eq!(answer.status(), 409, "{}", answer.text());
+    assert!(answer.text().contains("cannot be set up"), "{}", answer.text());
+    assert_eq!(series(&proxy).await, before);
+    assert_eq!(proxy.admin_get("/circuit-breakers").await.json(), json!({ "circuit_breakers": [] }));
+    assert_eq!(proxy.admin_post("/circuit-breakers/ghost/open").await.status(), 404);
+    assert_eq!(proxy.admin_get("/upstreams").await.json(), json!({ "upstreams": [] }));
+
+    proxy.rewrite(&format!("{good}defaults: {{ security_headers: off }}"));
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    client.send("GET /two HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert_eq!(upstream.head().await.target(), "/two", "over the connection that was open");
+    upstream.send("HTTP/1.1 204 No Content\r\n\r\n").await;
+    assert_eq!(client.answer().await.status(), 204);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_host_that_no_certificate_can_name_is_a_mistake_like_others() {
     let proxy = Proxy::start(&saying("before")).await;

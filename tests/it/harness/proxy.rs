@@ -67,22 +67,34 @@ impl Proxy {
     pub async fn upstream(url: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let mut proxy =
-            Self::spawn(directory, &["--upstream", url, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+            Self::spawn(directory, &["--upstream", url, "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"], &[]);
         proxy.find_address().await;
         proxy
     }
 
     /// Runs the file without waiting for its listeners.
     pub fn spawn_file(yaml: &str) -> Self {
+        Self::spawn_file_with(yaml, &[])
+    }
+
+    /// As [`start`](Self::start), with these environment variables.
+    pub async fn start_with(yaml: &str, variables: &[(&str, &str)]) -> Self {
+        let mut proxy = Self::spawn_file_with(yaml, variables);
+        proxy.find_address().await;
+        proxy
+    }
+
+    fn spawn_file_with(yaml: &str, variables: &[(&str, &str)]) -> Self {
         let directory = TempDir::new().unwrap();
         let path = directory.path().join("sidegate.yaml");
         fs::write(&path, with_defaults(yaml)).unwrap();
-        Self::spawn(directory, &["run", path.to_str().unwrap()])
+        Self::spawn(directory, &["run", path.to_str().unwrap()], variables)
     }
 
-    fn spawn(directory: TempDir, arguments: &[&str]) -> Self {
+    fn spawn(directory: TempDir, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_sidegate"))
             .args(arguments)
+            .envs(variables.iter().copied())
             .current_dir(directory.path())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
