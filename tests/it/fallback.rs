@@ -200,7 +200,7 @@ async fn retries_come_before_fallbacks() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_deadline_is_one_for_all() {
     let (own, second) = (Backend::start().await, Backend::start().await);
-    let route = "fallback: [second], timeouts: { first_byte: 500ms, total: 1s }";
+    let route = "fallback: [second], timeouts: { first_byte: 700ms, total: 1s }";
     let proxy = proxy(&own.url(), &second.url(), route).await;
     let mut client = proxy.connect().await;
     client.send("GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n").await;
