@@ -462,48 +462,7 @@ impl Metrics {
     /// An empty set.
     #[must_use]
     pub fn new() -> Self {
-        let histogram: fn() -> Histogram = || Histogram::new(SECONDS);
-        let families = Families {
-            duration: Family::new_with_constructor(histogram),
-            first_byte: Family::new_with_constructor(histogram),
-            requests: Family::default(),
-            aborted: Family::default(),
-            errors: Family::default(),
-            received: Family::default(),
-            sent: Family::default(),
-            in_flight: Family::default(),
-            attempts: Family::default(),
-            retries: Family::default(),
-            not_retried: Family::default(),
-            auth: Family::default(),
-            sessions: Family::default(),
-            rate_limits: Family::default(),
-            rate_limit_remembered: Family::default(),
-            tokens: Family::default(),
-            rate_limit_store_failures: Family::default(),
-            fallbacks: Family::default(),
-            no_fallbacks: Family::default(),
-            breaker_state: Family::default(),
-            breaker_transitions: Family::default(),
-            breaker_refused: Family::default(),
-            concurrency_limit: Family::default(),
-            concurrency_in_flight: Family::default(),
-            concurrency_queued: Family::default(),
-            concurrency_wait: Family::new_with_constructor(histogram),
-            concurrency_shed: Family::default(),
-            endpoint_in_flight: Family::default(),
-            endpoint_healthy: Family::default(),
-            checks: Family::default(),
-            picks: Family::default(),
-            lookups: Family::default(),
-            redis: RedisFamilies {
-                calls: Family::default(),
-                seconds: Family::new_with_constructor(|| Histogram::new(REDIS_SECONDS)),
-                state: Family::default(),
-                connected: Counter::default(),
-                in_flight: Gauge::default(),
-            },
-        };
+        let families = Families::new();
         let process = Process::default();
         let mut all = Registry::with_prefix("sidegate");
         let f = &families;
@@ -1086,6 +1045,51 @@ struct Outcome {
 }
 
 impl Families {
+    fn new() -> Self {
+        let histogram: fn() -> Histogram = || Histogram::new(SECONDS);
+        Self {
+            duration: Family::new_with_constructor(histogram),
+            first_byte: Family::new_with_constructor(histogram),
+            requests: Family::default(),
+            aborted: Family::default(),
+            errors: Family::default(),
+            received: Family::default(),
+            sent: Family::default(),
+            in_flight: Family::default(),
+            attempts: Family::default(),
+            retries: Family::default(),
+            not_retried: Family::default(),
+            auth: Family::default(),
+            sessions: Family::default(),
+            rate_limits: Family::default(),
+            rate_limit_remembered: Family::default(),
+            tokens: Family::default(),
+            rate_limit_store_failures: Family::default(),
+            fallbacks: Family::default(),
+            no_fallbacks: Family::default(),
+            breaker_state: Family::default(),
+            breaker_transitions: Family::default(),
+            breaker_refused: Family::default(),
+            concurrency_limit: Family::default(),
+            concurrency_in_flight: Family::default(),
+            concurrency_queued: Family::default(),
+            concurrency_wait: Family::new_with_constructor(histogram),
+            concurrency_shed: Family::default(),
+            endpoint_in_flight: Family::default(),
+            endpoint_healthy: Family::default(),
+            checks: Family::default(),
+            picks: Family::default(),
+            lookups: Family::default(),
+            redis: RedisFamilies {
+                calls: Family::default(),
+                seconds: Family::new_with_constructor(|| Histogram::new(REDIS_SECONDS)),
+                state: Family::default(),
+                connected: Counter::default(),
+                in_flight: Gauge::default(),
+            },
+        }
+    }
+
     fn register_redis(&self, all: &mut Registry) {
         let f = &self.redis;
         all.register("redis_calls", "Calls to Redis, by outcome", f.calls.clone());

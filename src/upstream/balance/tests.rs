@@ -122,7 +122,7 @@ fn kind(result: Result<Response, BoxError>) -> Kind {
     Error::find(&*result.unwrap_err()).unwrap().kind()
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn each_algorithm_shares_by_weight() {
     for algorithm in [Algorithm::RoundRobin, Algorithm::Random, Algorithm::LeastRequests, Algorithm::PeakEwma] {
         let scene = Scene::new(config(algorithm), None, &[3, 1, 0], Does::Answer(200));
