@@ -464,8 +464,8 @@ fn problem(status: StatusCode, detail: &str) -> Response {
     answer(status, &json!({ "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail }))
 }
 
-/// Takes out of `given` what might be secret: what is called so, passwords in URLs, and values of header fields that
-/// routes match or that requests are given. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
+/// Takes out of `given` what might be secret: what is called so, passwords in URLs, and values of header fields, unless
+/// they are those of a fixed answer. Where a secret comes from (`{env: NAME}`, `{file: PATH}`) may be seen.
 #[must_use]
 pub fn redact(given: Value) -> Value {
     redact_within(given, false)
@@ -496,23 +496,34 @@ fn redact_entry(key: String, value: Value, within_json: bool) -> (String, Value)
             }
             redact(Value::Object(jwt))
         }
-        ("match", Value::Object(mut of)) => {
-            if let Some(Value::Object(headers)) = of.get_mut("headers") {
-                headers.values_mut().for_each(|value| *value = Secret::REDACTED.into());
-            }
-            Value::Object(of)
+        // Whoever asks gets them.
+        ("respond", Value::Object(answer)) => {
+            let entries = answer.into_iter().map(|(key, value)| match key.as_str() {
+                "headers" => (key, redact_within(value, within_json)),
+                _ => redact_entry(key, value, within_json),
+            });
+            entries.collect()
         }
-        ("headers", Value::Object(mut of)) => {
-            if let Some(Value::Object(set)) = of.get_mut("set") {
-                let texts = set.values_mut().filter(|value| !value.as_object().is_some_and(is_place));
-                texts.for_each(|value| *value = Secret::REDACTED.into());
-            }
-            redact_within(Value::Object(of), within_json)
-        }
+        ("headers", Value::Object(fields)) => redact_fields(fields),
         ("json", value) => redact_within(value, true),
         (_, value) => redact_within(value, within_json),
     };
     (key, value)
+}
+
+/// Whatever a header field says is taken for a secret; names may be seen.
+fn redact_fields(fields: Map<String, Value>) -> Value {
+    let redact = |(name, value): (String, Value)| {
+        let value = match (name.as_str(), value) {
+            // Of a fallback: a section of fields, one of which may be called `env`, and lists of names.
+            ("set", Value::Object(fields)) => redact_fields(fields),
+            ("remove" | "keep", Value::Array(names)) => Value::Array(names),
+            (_, Value::Object(place)) if is_place(&place) => Value::Object(place),
+            _ => Secret::REDACTED.into(),
+        };
+        (name, value)
+    };
+    fields.into_iter().map(redact).collect()
 }
 
 /// Whether it says where a secret is.
@@ -658,11 +669,20 @@ mod tests {
         let given = json!({
             "admin": { "listen": "127.0.0.1:9090", "token": "abc" },
             "other": { "token": { "env": "TOKEN" } },
-            "upstreams": { "api": { "endpoints": ["http://user:pass@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
+            "upstreams": {
+                "api": {
+                    "endpoints": ["http://user:pass@127.0.0.1:8000/", "http://127.0.0.1/@"],
+                    "health": { "active": { "headers": { "x-a": "abc", "x-b": { "env": "B" }, "x-c": 12, "env": "abc" } } },
+                },
+                "fixed": { "respond": { "headers": { "retry-after": 60, "x-a": "seen" }, "json": { "token": "abc" } } },
+            },
             "routes": [{
                 "match": { "path": "/a", "headers": { "x-key": "abc" } },
                 "fallback": [{
-                    "headers": { "bearer": "abc", "set": { "x-api-key": "abc", "x-b": { "env": "B" } } },
+                    "headers": {
+                        "bearer": "abc", "set": { "x-api-key": "abc", "x-b": { "env": "B" }, "env": "abc" },
+                        "remove": ["x-c"], "keep": ["cookie"],
+                    },
                     "json": { "max_tokens": 100, "token": "abc" },
                 }],
             }],
@@ -670,12 +690,26 @@ mod tests {
         let expected = json!({
             "admin": { "listen": "127.0.0.1:9090", "token": Secret::REDACTED },
             "other": { "token": { "env": "TOKEN" } },
-            "upstreams": { "api": { "endpoints": ["http://[redacted]@127.0.0.1:8000/", "http://127.0.0.1/@"] } },
+            "upstreams": {
+                "api": {
+                    "endpoints": ["http://[redacted]@127.0.0.1:8000/", "http://127.0.0.1/@"],
+                    "health": { "active": { "headers": {
+                        "x-a": Secret::REDACTED, "x-b": { "env": "B" }, "x-c": Secret::REDACTED, "env": Secret::REDACTED,
+                    } } },
+                },
+                "fixed": {
+                    "respond": {
+                        "headers": { "retry-after": 60, "x-a": "seen" }, "json": { "token": Secret::REDACTED },
+                    },
+                },
+            },
             "routes": [{
                 "match": { "path": "/a", "headers": { "x-key": Secret::REDACTED } },
                 "fallback": [{
                     "headers": {
-                        "bearer": Secret::REDACTED, "set": { "x-api-key": Secret::REDACTED, "x-b": { "env": "B" } },
+                        "bearer": Secret::REDACTED,
+                        "set": { "x-api-key": Secret::REDACTED, "x-b": { "env": "B" }, "env": Secret::REDACTED },
+                        "remove": ["x-c"], "keep": ["cookie"],
                     },
                     "json": { "max_tokens": 100, "token": Secret::REDACTED },
                 }],

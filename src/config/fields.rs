@@ -1,10 +1,14 @@
 //! Names and values of header fields in the configuration.
 
-use std::{borrow::Cow, cmp::Ordering};
+use std::{borrow::Cow, cmp::Ordering, collections::BTreeMap};
 
 use http::{HeaderName, HeaderValue, Method};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+use super::units::Secret;
+
+const NO_VALUE: &str = "is no header value: no line breaks or control characters";
 
 /// The name of a header field (RFC 9110 §5.1), in any case.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -128,9 +132,27 @@ impl<'de> Deserialize<'de> for FieldValue {
             Text::Number(number) => number.to_string(),
         };
         // The text stays out of the message: values may be secret.
-        let wrong = |_| D::Error::custom("is no header value: no line breaks or control characters");
+        let wrong = |_| D::Error::custom(NO_VALUE);
         HeaderValue::from_str(&text).map(Self).map_err(wrong)
     }
+}
+
+/// The header value that is `before` and then what is secret. It shows in no debug output.
+///
+/// # Errors
+/// As [`Secret::reveal`], or that what it is cannot stand in a header.
+pub fn secret_value(before: &str, secret: &Secret) -> Result<HeaderValue, String> {
+    let mut value = HeaderValue::from_str(&format!("{before}{}", secret.reveal()?)).map_err(|_| NO_VALUE)?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+/// Writes fields whose values are secrets: where these come from, not what they are.
+///
+/// # Errors
+/// Those of `to`.
+pub fn shown<S: Serializer>(fields: &BTreeMap<FieldName, Secret>, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_map(fields.iter().map(|(name, secret)| (name, secret.shown())))
 }
 
 /// YAML makes numbers of values like `0`, which are as good as text here.

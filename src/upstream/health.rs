@@ -12,7 +12,7 @@ use std::{
 };
 
 use http::{
-    HeaderName, HeaderValue, Method, StatusCode, Uri,
+    HeaderValue, Method, StatusCode, Uri,
     header::{HOST, USER_AGENT},
     uri::PathAndQuery,
 };
@@ -24,9 +24,9 @@ use tower::Service;
 use super::{Client, client};
 use crate::{
     config::{
-        fields::{FieldName, FieldValue},
+        fields::{self, FieldName, FieldValue},
         problem::{Check, Problems},
-        units::{HumanDuration, OneOrMany, Toggle},
+        units::{HumanDuration, OneOrMany, Secret, Toggle},
     },
     message::{Body, BoxError, Request},
     telemetry::log::chain,
@@ -74,8 +74,9 @@ pub struct Active {
     /// What `http` says in `Host`. Default: the endpoint's own name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<FieldValue>,
-    /// More header fields of `http`.
-    pub headers: BTreeMap<FieldName, FieldValue>,
+    /// More header fields of `http`, each `{env: NAME}`, `{file: PATH}` or text.
+    #[serde(serialize_with = "fields::shown")]
+    pub headers: BTreeMap<FieldName, Secret>,
 }
 
 impl Default for Active {
@@ -261,6 +262,11 @@ impl Check for Active {
         if self.status.0.is_empty() {
             problems.add("status", "is empty: no answer would be a success");
         }
+        for (name, secret) in &self.headers {
+            if let Err(message) = fields::secret_value("", secret) {
+                problems.add(format!("headers.{}", name.get()), message);
+            }
+        }
         if self.kind == Probe::Tcp {
             let default = Self::default();
             let given = [
@@ -405,14 +411,13 @@ impl Checker {
     /// A checker of what `client` asks: one that is used for nothing else, so that no request is counted.
     ///
     /// # Errors
-    /// There is none: the path was read as one.
+    /// What a header field is made of cannot be read any more.
     pub fn new(active: Active, client: Client) -> Result<Self, BoxError> {
         let uri = Uri::from(active.path.0.clone());
         let mut request = http::Request::builder().method(Method::GET).uri(uri).body(())?.into_parts().0;
         request.headers.insert(USER_AGENT, HeaderValue::from_static(concat!("sidegate/", env!("CARGO_PKG_VERSION"))));
-        for (name, value) in &active.headers {
-            let name: HeaderName = name.get().clone();
-            request.headers.insert(name, value.get().clone());
+        for (name, secret) in &active.headers {
+            request.headers.insert(name.get().clone(), fields::secret_value("", secret)?);
         }
         if let Some(host) = &active.host {
             request.headers.insert(HOST, host.get().clone());

@@ -144,6 +144,29 @@ async fn a_check_is_no_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn header_fields_of_a_check_are_secrets() {
+    let backend = Recorder::ok().await;
+    let health = "active: { interval: 100ms, headers: { authorization: Bearer hush, x-key: { file: hush.txt } } }";
+    let upstreams = format!("upstreams: {{ api: {{ endpoints: [\"{}\"], health: {{ {health} }} }} }}", backend.url());
+    let proxy = Proxy::spawn_file(&upstreams);
+    let (status, told) = proxy.exit().await;
+    assert_eq!(status.code(), Some(78));
+    assert!(told.contains("upstreams.api.health.active.headers.x-key: `hush.txt` cannot be read"), "{told}");
+
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "hush too\n").unwrap();
+    let proxy = Proxy::start(&upstreams.replace("hush.txt", file.path().to_str().unwrap())).await;
+    eventually("a check", async || !backend.requests().is_empty()).await;
+    let check = backend.requests().remove(0);
+    assert_eq!((check.get("authorization"), check.get("x-key")), (Some("Bearer hush"), Some("hush too")));
+
+    let config = proxy.admin_get("/config").await;
+    assert!(!config.text().contains("hush"), "{}", config.text());
+    let shown = config.json()["effective"]["upstreams"]["api"]["health"]["active"]["headers"].clone();
+    assert_eq!(shown, json!({ "authorization": "[redacted]", "x-key": { "file": file.path() } }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_connection_is_a_check_too() {
     let (there, gone) = (Backend::start().await, Backend::nowhere().await);
     let health = "active: { kind: tcp, interval: 100ms, unhealthy: 1 }";

@@ -21,7 +21,7 @@ use serde::{
 use serde_json::{Map, Value};
 
 use crate::{
-    config::{ByteSize, Check, Failure, Problems, Secret, fields::FieldName},
+    config::{ByteSize, Check, Failure, Problems, Secret, fields::{self, FieldName}},
     message::headers::{KEEP_ALIVE, PROXY_CONNECTION},
 };
 
@@ -125,7 +125,7 @@ pub struct Headers {
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "shown")]
     pub bearer: Option<Secret>,
     /// Fields that are set, each to `{env: NAME}`, `{file: PATH}` or text, instead of what the client sent.
-    #[serde(skip_serializing_if = "BTreeMap::is_empty", serialize_with = "all_shown")]
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", serialize_with = "fields::shown")]
     pub set: BTreeMap<FieldName, Secret>,
     /// Fields that are removed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -141,10 +141,6 @@ fn shown<S: Serializer>(secret: &Option<Secret>, to: S) -> Result<S::Ok, S::Erro
     secret.as_ref().map(Secret::shown).serialize(to)
 }
 
-fn all_shown<S: Serializer>(secrets: &BTreeMap<FieldName, Secret>, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_map(secrets.iter().map(|(name, secret)| (name, secret.shown())))
-}
-
 impl Headers {
     /// The fields to set, with what is secret in them. They show in no debug output.
     ///
@@ -154,10 +150,7 @@ impl Headers {
         let bearer = self.bearer.iter().map(|secret| ("bearer".to_owned(), AUTHORIZATION, "Bearer ", secret));
         let set = self.set.iter().map(|(name, secret)| (format!("set.{}", name.get()), name.get().clone(), "", secret));
         let read = |(key, name, before, secret): (String, HeaderName, &str, &Secret)| {
-            let text = secret.reveal().map_err(|message| (key.clone(), message))?;
-            let mut value = HeaderValue::from_str(&format!("{before}{text}"))
-                .map_err(|_| (key, "is no header value: no line breaks or control characters".to_owned()))?;
-            value.set_sensitive(true);
+            let value = fields::secret_value(before, secret).map_err(|message| (key, message))?;
             Ok((name, value))
         };
         bearer.chain(set).map(read).collect()
