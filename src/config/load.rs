@@ -28,6 +28,7 @@ use serde::{
 
 use super::{
     Problem, Problems,
+    sections::Strict,
     units::{ByteSize, OR_OFF},
 };
 
@@ -549,7 +550,7 @@ impl Reading {
     fn read<T: DeserializeOwned>(&mut self, problems: &mut Problems) -> Option<T> {
         for _ in 0..MAX_MISTAKES {
             let error = match self.tree.pruned.deserialize() {
-                Ok(value) => return Some(value),
+                Ok(Strict(value)) => return Some(value),
                 Err(error) => error,
             };
             let mut path = error.path;

@@ -7,6 +7,7 @@ pub mod load;
 pub mod networks;
 pub mod problem;
 pub mod rate;
+mod sections;
 pub mod units;
 
 pub use self::{

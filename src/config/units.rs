@@ -22,7 +22,7 @@ use serde::{
     },
 };
 
-use super::{Check, Problems};
+use super::{Check, Problems, sections::Sections};
 
 /// A length of time: a number and its unit (`ms`, `s`, `m`, `h`, `d`), or several of these (`1m30s`).
 ///
@@ -430,7 +430,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for Toggle<T> {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
-                T::deserialize(SeqAccessDeserializer::new(list)).map(Toggle::On)
+                T::deserialize(Sections(SeqAccessDeserializer::new(list))).map(Toggle::On)
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {

@@ -157,7 +157,7 @@ async fn header_fields_of_a_check_are_secrets() {
     std::fs::write(file.path(), "hush too\n").unwrap();
     let proxy = Proxy::start(&upstreams.replace("hush.txt", file.path().to_str().unwrap())).await;
     eventually("a check", async || !backend.requests().is_empty()).await;
-    let check = backend.requests().remove(0);
+    let check = backend.requests().remove(0).head;
     assert_eq!((check.get("authorization"), check.get("x-key")), (Some("Bearer hush"), Some("hush too")));
 
     let config = proxy.admin_get("/config").await;
