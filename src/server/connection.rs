@@ -22,7 +22,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
@@ -68,8 +68,8 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// After a polite end, how long the client may take to close. Also what an HTTP/2 client has to answer the
 /// PING that comes between the two GOAWAYs.
 const CLOSE_GRACE: Duration = Duration::from_secs(5);
-/// When a drain begins, how long a connection that has not sent its first byte may still do so: the client may
-/// have connected the moment before.
+/// When a drain begins, or its place is wanted, how long a connection that has not sent its first byte may still do so:
+/// the client may have connected the moment before.
 const FRESH_GRACE: Duration = Duration::from_secs(1);
 /// How much of an unread request body is thrown away after the answer, at most.
 const LINGER_BYTES: u32 = 1 << 20;
@@ -305,6 +305,28 @@ impl Watch {
 
     fn ended(&self) -> Instant {
         self.accepted + Duration::from_micros(self.ended.load(Ordering::Acquire))
+    }
+}
+
+/// A look at a connection from outside, which does not keep it its place.
+#[derive(Debug)]
+pub(super) struct Rest(Weak<Watch>);
+
+impl Rest {
+    /// Since when nothing has been asked of it. Nothing where it is at work, or a request may be on its way.
+    pub(super) fn since(&self) -> Option<Instant> {
+        let watch = self.0.upgrade()?;
+        if watch.is_busy() || watch.is(UPGRADED | CONNECTED) || watch.stalled().is_some() {
+            return None;
+        }
+        let fresh = watch.requests.load(Ordering::Acquire) == 0;
+        let since = if fresh { watch.accepted } else { watch.ended() };
+        let is_due = !fresh && !watch.is(READ) || since.elapsed() >= FRESH_GRACE;
+        is_due.then_some(since)
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 
@@ -873,6 +895,10 @@ impl<H: Handler> Serve<H> {
             head: None,
             ending: Ending::No,
         }
+    }
+
+    pub(super) fn rest(&self) -> Rest {
+        Rest(Arc::downgrade(&self.watch))
     }
 }
 

@@ -14,14 +14,14 @@ use futures_util::FutureExt;
 use tokio::{
     net::{TcpListener, TcpSocket, UnixListener, UnixSocket},
     sync::{OwnedSemaphorePermit, Semaphore},
-    task::{JoinError, JoinSet},
-    time::{Instant, sleep},
+    task::{AbortHandle, JoinError, JoinSet},
+    time::{Instant, sleep, timeout},
 };
 use tracing::{debug, error, info, warn};
 
 use super::{
     Handler,
-    connection::{Open, Serve, Shared, Socket, Transport},
+    connection::{Open, Rest, Serve, Shared, Socket, Transport},
     tls::Tls,
 };
 use crate::{
@@ -36,6 +36,8 @@ const BACKLOG: u32 = 4096;
 const BACK_OFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// At most one line about failures to accept in this time.
 const QUIET: Duration = Duration::from_secs(10);
+/// How soon a place is looked for again where nobody could give way.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// An open listener.
 #[derive(Debug)]
@@ -82,20 +84,32 @@ impl Listener {
         self.transport.tls.clone()
     }
 
-    /// Accepts until the drain begins, then waits for its connections. Dropped, it cuts them.
-    pub(super) async fn accept_loop<H: Handler>(self, shared: Arc<Shared<H>>, open: Arc<Semaphore>, process: Process) {
+    /// Accepts until the drain begins, then waits for its connections. Dropped, it cuts them. With `give_way`, those that
+    /// rest do where there is no other place.
+    pub(super) async fn accept_loop<H: Handler>(
+        self,
+        shared: Arc<Shared<H>>,
+        open: Arc<Semaphore>,
+        process: Process,
+        give_way: bool,
+    ) {
         let mut connections = JoinSet::new();
         let mut begun = pin!(shared.drain().begun());
         let mut trouble = Trouble::default();
+        let mut resting = give_way.then(Resting::default);
         let serve = |connections: &mut JoinSet<()>, permit: OwnedSemaphorePermit, (socket, peer): (Socket, Peer)| {
             process.accepted.inc();
             let open = Open::new(permit, process.connections.clone());
-            connections.spawn(Serve::new(socket, peer, &self.transport, open, shared.clone()));
+            let connection = Serve::new(socket, peer, &self.transport, open, shared.clone());
+            (connection.rest(), connections.spawn(connection))
         };
         loop {
             // The permit comes first: at the limit, further connections stay in the kernel's queue.
             let next = async {
-                let permit = open.clone().acquire_owned().await.expect("the semaphore is never closed");
+                let permit = match &resting {
+                    Some(resting) => resting.place(&open).await,
+                    None => place(&open).await,
+                };
                 (permit, self.socket.accept().await)
             };
             tokio::select! {
@@ -105,7 +119,10 @@ impl Listener {
                 (permit, accepted) = next => match accepted {
                     Ok(accepted) => {
                         trouble = Trouble { warned: trouble.warned, ..Trouble::default() };
-                        serve(&mut connections, permit, accepted);
+                        let served = serve(&mut connections, permit, accepted);
+                        if let Some(resting) = &mut resting {
+                            resting.note(served);
+                        }
                     }
                     // The client left while it waited in the queue.
                     Err(error) if is_of_the_client(&error) => debug!(error = %error, "connection lost before it was accepted"),
@@ -124,12 +141,43 @@ impl Listener {
         // What the kernel has accepted for us already would be reset when the listener closes.
         while let Some(Ok(accepted)) = self.socket.accept().now_or_never() {
             let Ok(permit) = open.clone().try_acquire_owned() else { break };
-            serve(&mut connections, permit, accepted);
+            let _served = serve(&mut connections, permit, accepted);
         }
         drop(self.socket);
         info!(address = %self.address, connections = connections.len(), "no longer listening");
         while let Some(ended) = connections.join_next().await {
             report(&ended);
+        }
+    }
+}
+
+/// A place among the connections that are open at once.
+async fn place(open: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+    open.clone().acquire_owned().await.expect("the semaphore is never closed")
+}
+
+/// The connections of a listener, as many as have places, of which the one that rests longest gives way.
+#[derive(Debug, Default)]
+struct Resting(Vec<(Rest, AbortHandle)>);
+
+impl Resting {
+    fn note(&mut self, connection: (Rest, AbortHandle)) {
+        self.0.retain(|(rest, _)| !rest.is_over());
+        self.0.push(connection);
+    }
+
+    async fn place(&self, open: &Arc<Semaphore>) -> OwnedSemaphorePermit {
+        loop {
+            if let Ok(permit) = open.clone().try_acquire_owned() {
+                return permit;
+            }
+            let rest = self.0.iter().filter_map(|(rest, task)| Some((rest.since()?, task)));
+            if let Some((_, longest)) = rest.min_by_key(|(since, _)| *since) {
+                longest.abort();
+            }
+            if let Ok(permit) = timeout(LOOK_AGAIN, place(open)).await {
+                return permit;
+            }
         }
     }
 }

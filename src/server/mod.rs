@@ -113,6 +113,9 @@ pub struct Server {
     pub limits: Limits,
     /// How long a connection may be silent.
     pub timing: Timing,
+    /// Whether, at the limit, the connection that rests longest is closed for the next one. One that has not asked for
+    /// anything yet rests after a second.
+    pub give_way: bool,
 }
 
 impl Server {
@@ -126,7 +129,8 @@ impl Server {
             let address = config.address.to_string();
             listeners.push(Listener::open(config).await.map_err(|source| BindError { address, source })?);
         }
-        Ok(Bound { listeners, connections: self.connections, limits: self.limits, timing: Arc::new(self.timing) })
+        let Self { connections, limits, give_way, .. } = self;
+        Ok(Bound { listeners, connections, limits, timing: Arc::new(self.timing), give_way })
     }
 }
 
@@ -137,6 +141,7 @@ pub struct Bound {
     connections: usize,
     limits: Limits,
     timing: Arc<Timing>,
+    give_way: bool,
 }
 
 /// How serving ended.
@@ -184,7 +189,7 @@ impl Bound {
         }
         let mut loops = JoinSet::new();
         for listener in self.listeners {
-            loops.spawn(listener.accept_loop(shared.clone(), open.clone(), process.clone()));
+            loops.spawn(listener.accept_loop(shared.clone(), open.clone(), process.clone(), self.give_way));
         }
 
         shutdown.readiness().reach(Phase::Ready);
@@ -229,7 +234,8 @@ async fn look_at(certificates: Vec<Arc<Tls>>) {
     }
 }
 
-/// Connections of operators that are open at once.
+/// Connections of operators that are open at once. Those that rest give way: a client that keeps too many must not keep
+/// probes out either.
 const OPERATORS: usize = 256;
 /// How long an operator's connection may take to ask: silent ones must not keep the probes of an orchestrator out.
 const OPERATORS_HEADER: HumanDuration = HumanDuration::from_secs(5);
@@ -264,7 +270,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         let listen = vec![of.listen.clone().into()];
         let asking = timeouts::Config { client_header: OPERATORS_HEADER, ..Default::default() };
         let (limits, timing) = (Limits::default(), Timing::new(&asking));
-        let port = Server { listen, connections: OPERATORS, limits, timing }.bind().await?;
+        let port = Server { listen, connections: OPERATORS, limits, timing, give_way: true }.bind().await?;
         for address in port.addresses() {
             info!(%address, "admin listening");
         }
@@ -307,6 +313,7 @@ impl From<&Settings> for Server {
                 http2_streams: limits.http2_streams.get(),
             },
             timing: Timing::new(&settings.defaults.timeouts),
+            give_way: false,
         }
     }
 }

@@ -36,7 +36,8 @@ fn loopback() -> listener::Config {
 }
 
 fn server() -> Server {
-    Server { listen: vec![loopback()], connections: 100, limits: Limits::default(), timing: Timing::default() }
+    let (limits, timing) = (Limits::default(), Timing::default());
+    Server { listen: vec![loopback()], connections: 100, limits, timing, give_way: false }
 }
 
 async fn start_with(server: Server, drain: drain::Config, handler: impl Handler) -> Front {
@@ -114,6 +115,34 @@ async fn rest(stream: &mut TcpStream) -> io::Result<String> {
     let mut read = String::new();
     timeout(Duration::from_secs(10), stream.read_to_string(&mut read)).await.expect("the connection ends")?;
     Ok(read)
+}
+
+async fn ask(stream: &mut TcpStream) {
+    stream.write_all(b"GET /a HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    read_until(stream, "/a").await;
+}
+
+#[tokio::test]
+async fn the_connection_that_rests_longest_gives_way() {
+    let crowded = Server { connections: 3, give_way: true, ..server() };
+    let front = start_with(crowded, drain::Config::default(), echo).await;
+    let (mut first, mut second) = (front.connect().await, front.connect().await);
+    ask(&mut second).await;
+    ask(&mut first).await;
+    ask(&mut second).await;
+    let mut third = front.connect().await;
+    ask(&mut third).await;
+    assert_eq!(rest(&mut first).await.unwrap(), "");
+    ask(&mut second).await;
+    ask(&mut third).await;
+}
+
+#[tokio::test]
+async fn who_connects_and_says_nothing_gives_way_after_a_while() {
+    let crowded = Server { connections: 3, give_way: true, ..server() };
+    let front = start_with(crowded, drain::Config::default(), echo).await;
+    let _silent = [front.connect().await, front.connect().await, front.connect().await];
+    ask(&mut front.connect().await).await;
 }
 
 #[tokio::test]

@@ -115,6 +115,19 @@ async fn what_is_no_request_is_counted_and_told_of_once_in_a_while() {
 // Limits.
 
 #[tokio::test(flavor = "multi_thread")]
+async fn idle_connections_to_the_admin_port_keep_no_probe_out() {
+    let proxy = Proxy::start("upstreams: { fixed: { respond: {} } }").await;
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        let mut connection = Wire::to(proxy.admin().await).await;
+        connection.send("GET /livez HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+        assert_eq!(connection.answer().await.status(), 200);
+        idle.push(connection);
+    }
+    assert_eq!(proxy.admin_get("/readyz").await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn connections_beyond_the_limit_wait_their_turn() {
     let backend = Recorder::ok().await;
     let proxy = Proxy::before(&backend.url(), "limits: { connections: 2 }").await;

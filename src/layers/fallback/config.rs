@@ -21,7 +21,10 @@ use serde::{
 use serde_json::{Map, Value};
 
 use crate::{
-    config::{ByteSize, Check, Failure, Problems, Secret, fields::{self, FieldName}},
+    config::{
+        ByteSize, Check, Failure, Problems, Secret,
+        fields::{self, FieldName},
+    },
     message::headers::{KEEP_ALIVE, PROXY_CONNECTION},
 };
 
