@@ -8,7 +8,6 @@ use std::{
 
 use base64::{Engine, prelude::BASE64_URL_SAFE_NO_PAD};
 use ring::{
-    hmac,
     rand::SystemRandom,
     signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair},
 };
@@ -306,71 +305,4 @@ async fn a_rotated_set_in_a_file_takes_effect() {
     fs::write(&file, two.set()).unwrap();
     proxy.line("reloaded").await;
     assert_eq!((status(&second).await, status(&first).await), (200, 401), "a token that was verified before, too");
-}
-
-#[tokio::test]
-async fn nothing_secret_is_told_anywhere() {
-    const SECRET: &str = "the-secret-of-at-least-32-bytes-0123456789";
-    let (key, line) = new_key(&["--id", "alice"]);
-    let digest = line.split(' ').nth(1).unwrap().to_owned();
-    let (_folder, file) = keys(&[&line]);
-    let backend = Recorder::ok().await;
-    let yaml = format!(
-        "
-log: {{ format: json, level: debug }}
-defaults:
-  auth:
-    api_keys: {{ file: {file}, header: x-api-key }}
-    jwt: {{ algorithms: HS256, audience: any, key: {SECRET}, tier: plan }}
-    query: key"
-    );
-    let proxy = Proxy::before(&backend.url(), &yaml).await;
-    let part = |value: Value| BASE64_URL_SAFE_NO_PAD.encode(value.to_string());
-    let claims =
-        json!({ "sub": "dave", "exp": 4_000_000_000_u64, "plan": "gold", "email": "dave-private@example.com" });
-    let signed = format!("{}.{}", part(json!({ "alg": "HS256" })), part(claims));
-    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, SECRET.as_bytes()), signed.as_bytes());
-    let token = format!("{signed}.{}", BASE64_URL_SAFE_NO_PAD.encode(tag));
-    let guess = "sgk_guessed-key-0123456789";
-    let mut answers = String::new();
-    for (n, (target, fields)) in [
-        ("/".to_owned(), format!("x-api-key: {key}\r\n")),
-        ("/".to_owned(), format!("authorization: Bearer {token}\r\n")),
-        ("/".to_owned(), format!("authorization: Bearer {token}x\r\n")),
-        ("/".to_owned(), format!("authorization: Bearer {token}\r\nx-api-key: {key}\r\n")),
-        (format!("/?a&key={key}"), String::new()),
-        (format!("/?a&key={guess}"), String::new()),
-        ("/".to_owned(), format!("x-api-key: {guess}\r\n")),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let answer = proxy.ask(head(&format!("GET {target}"), &format!("{fields}x-request-id: leak-{n}\r\n"))).await;
-        answers.extend([format!("{:?}", answer.head), answer.text()]);
-        proxy.access_line(&format!("leak-{n}")).await;
-    }
-    for page in ["/metrics", "/config", "/health", "/"] {
-        let answer = proxy.admin_get(page).await;
-        answers.extend([format!("{:?}", answer.head), answer.text()]);
-    }
-    assert!(
-        answers.contains(&file) && answers.contains("\"plan\""),
-        "the rest of the configuration is shown: {answers}"
-    );
-    let (_, logged) = proxy.stop().await;
-    assert!(logged.contains("\"principal\":\"dave\"") && logged.contains("\"principal\":\"alice\""), "{logged}");
-    let asked: Vec<_> = backend.requests().iter().map(|request| format!("{request:?}")).collect();
-    for (secret, what) in [
-        (&*key, "key"),
-        (&*digest, "digest"),
-        (&*token, "token"),
-        (&*signed, "claims"),
-        (SECRET, "secret"),
-        (guess, "guess"),
-        ("dave-private", "claim"),
-    ] {
-        assert!(!answers.contains(secret), "the {what} in an answer: {answers}");
-        assert!(!logged.contains(secret), "the {what} in the log: {logged}");
-        assert!(!asked.concat().contains(secret), "the {what} upstream");
-    }
 }

@@ -29,6 +29,7 @@ mod resilience;
 mod retry;
 mod robustness;
 mod routing;
+mod secrets;
 mod server;
 mod session;
 mod smuggling;
