@@ -90,6 +90,23 @@ pub fn draw(weights: &[f64], random: f64) -> usize {
     weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0)
 }
 
+/// One of `left` in turn, each as often as it weighs and as evenly as that goes (nginx's smooth weighted round robin):
+/// where it stands in `left`. `owed` says of everybody how many requests short of its share it is. Whoever is out keeps
+/// that, so that it is neither made up for nor lost when others take turns.
+#[must_use]
+pub fn in_turn(owed: &mut [f64], left: &[usize], weights: &[f64]) -> usize {
+    let total = weights.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    let mut first = 0;
+    for (n, (place, weight)) in left.iter().zip(weights).enumerate() {
+        owed[*place] += weight / total;
+        if owed[*place] > owed[left[first]] {
+            first = n;
+        }
+    }
+    owed[left[first]] -= 1.0;
+    first
+}
+
 /// The better of two different ones that are drawn at random (the power of two choices): `load` says how busy each is,
 /// in any unit. Where that tells little, the one that was drawn first is taken, so that idle endpoints are asked as
 /// often as they weigh.
@@ -162,7 +179,38 @@ mod tests {
         }
     }
 
+    #[test]
+    fn turns_are_even() {
+        let mut owed = [0.0; 3];
+        let turns: Vec<_> = (0..7).map(|_| in_turn(&mut owed, &[0, 1, 2], &[5.0, 1.0, 1.0])).collect();
+        assert_eq!(turns, [0, 0, 1, 0, 2, 0, 0], "as nginx has it");
+    }
+
     proptest! {
+        #[test]
+        fn whoever_is_out_the_others_take_turns_by_their_weights(
+            weights in vec(1..=1000_u16, 2..8),
+            phases in vec((vec(any::<bool>(), 8), 1..400_u16), 1..12),
+        ) {
+            let mut owed = vec![0.0; weights.len()];
+            for (is_left, turns) in phases {
+                let left: Vec<_> = (0..weights.len()).filter(|n| is_left[*n]).collect();
+                if left.is_empty() {
+                    continue;
+                }
+                let weights: Vec<_> = left.iter().map(|n| f64::from(weights[*n])).collect();
+                let mut counts = vec![0.0; left.len()];
+                for _ in 0..turns {
+                    counts[in_turn(&mut owed, &left, &weights)] += 1.0;
+                }
+                let total: f64 = weights.iter().sum();
+                for (count, weight) in counts.iter().zip(&weights) {
+                    let due = f64::from(turns) * weight / total;
+                    prop_assert!((count - due).abs() <= 4.0, "{counts:?} for {weights:?}: {due} are due");
+                }
+            }
+        }
+
         #[test]
         fn what_weighs_nothing_is_not_drawn(weights in vec(0..5_u8, 1..20), random in 0.0..=1.0_f64) {
             let weights: Vec<_> = weights.into_iter().map(f64::from).collect();

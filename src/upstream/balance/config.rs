@@ -19,7 +19,7 @@ use crate::{
 
 /// The most endpoints of an upstream: a pick looks at all of them.
 pub const MAX_ENDPOINTS: usize = 256;
-/// The greatest weight of an endpoint: a table has a place for each unit of it.
+/// The greatest weight of an endpoint: a ring has 160 places for each unit of it.
 pub const MAX_WEIGHT: u32 = 1000;
 
 /// Which endpoint is asked. Section `balance` of an upstream.

@@ -8,13 +8,14 @@
 //! | tried for this request | picked where nothing else is left |
 //! | what remains | by `algorithm`, weights and slow start |
 //!
-//! `round_robin`, `random` and `hash` (a ketama ring) are those of `pingora-load-balancing`, asked by its `select_with`.
-//! Its `Backend` is an IP address, which a Unix socket and a name are not: each endpoint stands there under an address
-//! made of the hash of its name, so that every replica has the same ring, and it stays when the list is written in
-//! another order. `least_requests` and `peak_ewma` choose between two at random by what they know of them; pingora has
-//! neither. Nor has it slow start or panic, its health begins anew when a weight changes, and its discovery keeps no
-//! failures: membership, health and the tasks that look after them are sidegate's own, kept under the address of an
-//! endpoint.
+//! `hash` (a ketama ring) is that of `pingora-load-balancing`, asked by its `select_with`. Its `Backend` is an IP address,
+//! which a Unix socket and a name are not: each endpoint stands there under an address made of the hash of its name, so
+//! that every replica has the same ring, and it stays when the list is written in another order.
+//!
+//! `round_robin` and `random` are sidegate's own: pingora's forget the weights as soon as their first choice is out.
+//! `least_requests` and `peak_ewma` choose between two at random by what they know of them; pingora has neither. Nor has
+//! it slow start or panic, its health begins anew when a weight changes, and its discovery keeps no failures:
+//! membership, health and the tasks that look after them are sidegate's own, kept under the name of an endpoint.
 //!
 //! A request is in flight until its response's body has ended or was dropped; a tunnel until its head.
 
@@ -39,12 +40,9 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use http::{StatusCode, header::COOKIE};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use parking_lot::Mutex;
 use pin_project_lite::pin_project;
-use pingora_load_balancing::{
-    Backend, Backends, LoadBalancer,
-    discovery::Static,
-    selection::{BackendIter, BackendSelection, Consistent, Random, RoundRobin},
-};
+use pingora_load_balancing::{Backend, Backends, LoadBalancer, discovery::Static, selection::Consistent};
 use tokio::time::Instant;
 use tower::{
     Service,
@@ -111,21 +109,29 @@ impl fmt::Debug for Balancer {
 /// Who there is at one time.
 struct Members {
     list: Vec<Member>,
-    selector: Selector,
-    /// Places in `list`, by the addresses that the selector knows.
-    places: HashMap<SocketAddr, usize>,
+    /// What each of `list` is owed: see [`choice::in_turn`].
+    owed: Mutex<Vec<f64>>,
+    /// Where keys are looked up, with `hash`.
+    ring: Option<Ring>,
 }
 
-/// What picks, where it is pingora's.
-enum Selector {
-    RoundRobin(LoadBalancer<RoundRobin>),
-    Random(LoadBalancer<Random>),
-    Hash(LoadBalancer<Consistent>),
-    Own,
+/// A ketama ring.
+struct Ring {
+    points: LoadBalancer<Consistent>,
+    /// Places in the list of members, by the addresses that the ring knows.
+    places: HashMap<SocketAddr, usize>,
 }
 
 impl Members {
     fn new(list: Vec<Member>, algorithm: Algorithm) -> Self {
+        let ring = (algorithm == Algorithm::Hash).then(|| Ring::new(&list)).flatten();
+        Self { owed: Mutex::new(vec![0.0; list.len()]), list, ring }
+    }
+}
+
+impl Ring {
+    /// None where all weigh nothing.
+    fn new(list: &[Member]) -> Option<Self> {
         let mut places = HashMap::new();
         let mut backends = BTreeSet::new();
         for (place, member) in list.iter().enumerate().filter(|(_, member)| member.weight > 0) {
@@ -136,29 +142,31 @@ impl Members {
                 backends.insert(backend);
             }
         }
-        let selector = match algorithm {
-            _ if backends.is_empty() => Selector::Own,
-            Algorithm::RoundRobin => Selector::RoundRobin(selector(backends)),
-            Algorithm::Random => Selector::Random(selector(backends)),
-            Algorithm::Hash => Selector::Hash(selector(backends)),
-            Algorithm::LeastRequests | Algorithm::PeakEwma => Selector::Own,
+        if backends.is_empty() {
+            return None;
+        }
+        let points = LoadBalancer::from_backends(Backends::new(Static::new(backends)));
+        // A list that is there already is taken over at once, and cannot fail.
+        drop(points.update().now_or_never());
+        Some(Self { points, places })
+    }
+
+    /// The first of `left` from where `key` is. Each is passed over as often as it lacks of its `share`.
+    fn find(&self, key: &[u8], left: &[usize], share: impl Fn(usize) -> f64) -> Option<usize> {
+        /// Steps for each endpoint: a ring has 160 points for each, and neighbours are often the same.
+        const STEPS: usize = 64;
+        let place = |backend: &Backend| self.places.get(backend.as_inet()?).copied();
+        let accept = |backend: &Backend, _| {
+            let Some(place) = place(backend).filter(|place| left.contains(place)) else { return false };
+            let share = share(place);
+            share >= 1.0 || HasherRng::new().next_f64() < share
         };
-        Self { list, selector, places }
+        let found = self.points.select_with(key, STEPS * self.places.len(), accept)?;
+        place(&found)
     }
 }
 
-fn selector<S>(backends: BTreeSet<Backend>) -> LoadBalancer<S>
-where
-    S: BackendSelection + 'static,
-    S::Iter: BackendIter,
-{
-    let made = LoadBalancer::from_backends(Backends::new(Static::new(backends)));
-    // A list that is there already is taken over at once, and cannot fail.
-    drop(made.update().now_or_never());
-    made
-}
-
-/// The address that the selector knows an endpoint by: the hash of its name (FNV-1a, 128 bits), the same everywhere.
+/// The address that the ring knows an endpoint by: the hash of its name (FNV-1a, 128 bits), the same everywhere.
 fn stand_in(name: &str) -> SocketAddr {
     const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
@@ -205,8 +213,12 @@ impl Balancer {
     /// The weight of `member` now.
     #[must_use]
     pub fn effective_weight(&self, member: &Member, now: Instant) -> f64 {
-        let share = self.config.slow_start.on().map_or(1.0, |window| member.endpoint.share(window.get(), now));
-        f64::from(member.weight) * share
+        f64::from(member.weight) * self.share(member, now)
+    }
+
+    /// The share of its weight that `member` has now.
+    fn share(&self, member: &Member, now: Instant) -> f64 {
+        self.config.slow_start.on().map_or(1.0, |window| member.endpoint.share(window.get(), now))
     }
 
     /// Picks one of `lanes` for `request`.
@@ -259,53 +271,22 @@ impl Balancer {
     fn choose(&self, members: &Members, left: &[usize], request: &Request, now: Instant) -> usize {
         let mut dice = HasherRng::new();
         let mut random = || dice.next_f64();
-        let weight = |n: usize| self.effective_weight(&members.list[n], now);
-        let selected = match &members.selector {
-            Selector::Own => {
-                let mut weights: Vec<_> = left.iter().map(|n| weight(*n)).collect();
+        let mut weights: Vec<_> = left.iter().map(|n| self.effective_weight(&members.list[*n], now)).collect();
+        match self.config.algorithm {
+            Algorithm::RoundRobin => left[choice::in_turn(&mut members.owed.lock(), left, &weights)],
+            Algorithm::Random => left[choice::draw(&weights, random())],
+            Algorithm::LeastRequests | Algorithm::PeakEwma => {
                 let load = |place: usize| self.load(&members.list[left[place]], now);
-                return left[choice::of_two(&mut weights, random, load)];
+                left[choice::of_two(&mut weights, random, load)]
             }
-            Selector::RoundRobin(selector) => self.select(selector, b"", members, left, now),
-            Selector::Random(selector) => self.select(selector, b"", members, left, now),
-            Selector::Hash(selector) => self
-                .config
-                .hash
-                .as_ref()
-                .and_then(|key| value(key, request))
-                .and_then(|key| self.select(selector, &key, members, left, now)),
-        };
-        // Without a key, or where the selector has not come by one of those that are left.
-        selected.unwrap_or_else(|| {
-            let weights: Vec<_> = left.iter().map(|n| weight(*n)).collect();
-            left[choice::draw(&weights, random())]
-        })
-    }
-
-    fn select<S>(
-        &self,
-        selector: &LoadBalancer<S>,
-        key: &[u8],
-        members: &Members,
-        left: &[usize],
-        now: Instant,
-    ) -> Option<usize>
-    where
-        S: BackendSelection + 'static,
-        S::Iter: BackendIter,
-    {
-        /// Steps for each endpoint: a ring has 160 points for each, and neighbours are often the same.
-        const STEPS: usize = 64;
-        let place = |backend: &Backend| members.places.get(backend.as_inet()?).copied();
-        let accept = |backend: &Backend, _| {
-            let Some(place) = place(backend).filter(|place| left.contains(place)) else { return false };
-            // What starts slowly is passed over as often as it lacks weight.
-            let share =
-                self.config.slow_start.on().map_or(1.0, |window| members.list[place].endpoint.share(window.get(), now));
-            share >= 1.0 || HasherRng::new().next_f64() < share
-        };
-        let selected = selector.select_with(key, STEPS * members.list.len(), accept)?;
-        place(&selected)
+            Algorithm::Hash => {
+                let key = self.config.hash.as_ref().and_then(|key| value(key, request));
+                let share = |place: usize| self.share(&members.list[place], now);
+                let found = members.ring.as_ref().zip(key).and_then(|(ring, key)| ring.find(&key, left, share));
+                // Without a key, or where the ring has not come by one of those that are left.
+                found.unwrap_or_else(|| left[choice::draw(&weights, random())])
+            }
+        }
     }
 
     /// How busy `member` is: what is in flight for its weight, times what it has to be waited for.

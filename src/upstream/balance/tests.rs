@@ -132,6 +132,20 @@ async fn each_algorithm_shares_by_weight() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn weights_hold_among_those_that_are_left() {
+    for algorithm in [Algorithm::RoundRobin, Algorithm::Random, Algorithm::LeastRequests, Algorithm::PeakEwma] {
+        let scene = Scene::new(config(algorithm), None, &[10, 80, 1], Does::Answer(200));
+        drop(scene.counts(100).await);
+        scene.members[1].endpoint.drain(true);
+        let before = scene.counts(0).await;
+        let after = scene.counts(1100).await;
+        let light = after[2] - before[2];
+        assert_eq!(after[1], before[1], "{algorithm:?}");
+        assert!((50..=150).contains(&light), "{algorithm:?}: {light} of 1100 at a weight of 1 of 11");
+    }
+}
+
 #[tokio::test]
 async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
     let hash = Config { algorithm: Algorithm::Hash, hash: Some(HashKey::Path), ..Config::default() };
