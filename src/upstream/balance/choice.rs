@@ -107,6 +107,14 @@ pub fn in_turn(owed: &mut [f64], left: &[usize], weights: &[f64]) -> usize {
     first
 }
 
+/// How long there is to wait at an endpoint that takes `seconds` for the first byte and has so many `in_flight`. `share`
+/// is its weight next to the mean, so that the unit of the weights makes no difference. The request to come counts the
+/// same at all of them: where nothing is in flight the weights decide, by the draw.
+#[must_use]
+pub fn wait(in_flight: f64, share: f64, seconds: f64) -> f64 {
+    seconds * (in_flight / share + 1.0)
+}
+
 /// The better of two different ones that are drawn at random (the power of two choices): `load` says how busy each is,
 /// in any unit. Where that tells little, the one that was drawn first is taken, so that idle endpoints are asked as
 /// often as they weigh.

@@ -276,7 +276,8 @@ impl Balancer {
             Algorithm::RoundRobin => left[choice::in_turn(&mut members.owed.lock(), left, &weights)],
             Algorithm::Random => left[choice::draw(&weights, random())],
             Algorithm::LeastRequests | Algorithm::PeakEwma => {
-                let load = |place: usize| self.load(&members.list[left[place]], now);
+                let mean = weights.iter().sum::<f64>() / weights.iter().map(|_| 1.0).sum::<f64>();
+                let load = |place: usize| self.load(&members.list[left[place]], mean, now);
                 left[choice::of_two(&mut weights, random, load)]
             }
             Algorithm::Hash => {
@@ -289,14 +290,14 @@ impl Balancer {
         }
     }
 
-    /// How busy `member` is: what is in flight for its weight, times what it has to be waited for.
-    fn load(&self, member: &Member, now: Instant) -> f64 {
+    /// How busy `member` is, next to others that weigh `mean` on average.
+    fn load(&self, member: &Member, mean: f64, now: Instant) -> f64 {
         #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 requests in flight")]
         let in_flight = member.endpoint.in_flight() as f64;
-        let busy = in_flight / self.effective_weight(member, now).max(f64::MIN_POSITIVE);
+        let share = self.effective_weight(member, now).max(f64::MIN_POSITIVE) / mean;
         match self.config.algorithm {
-            Algorithm::PeakEwma => member.endpoint.latency().seconds(now) * (busy + 1.0),
-            _ => busy,
+            Algorithm::PeakEwma => choice::wait(in_flight, share, member.endpoint.latency().seconds(now)),
+            _ => in_flight / share,
         }
     }
 

@@ -146,6 +146,17 @@ async fn weights_hold_among_those_that_are_left() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_is_in_flight_counts_whatever_the_unit_of_the_weights() {
+    for algorithm in [Algorithm::LeastRequests, Algorithm::PeakEwma] {
+        for weight in [1, 10, 100, 1000] {
+            let scene = Scene::new(config(algorithm), None, &[weight, weight], Does::Answer(200));
+            let _streams = [scene.members[0].endpoint.enter(), scene.members[0].endpoint.enter()];
+            assert_eq!(scene.counts(100).await, [0, 100], "{algorithm:?} at weights of {weight}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
     let hash = Config { algorithm: Algorithm::Hash, hash: Some(HashKey::Path), ..Config::default() };
