@@ -115,6 +115,38 @@ pub fn wait(in_flight: f64, share: f64, seconds: f64) -> f64 {
     seconds * (in_flight / share + 1.0)
 }
 
+/// One of `left`, with its name and weight, for `key`: the same one everywhere and each time, and where it goes another
+/// one for its own keys alone (weighted rendezvous hashing).
+#[must_use]
+pub fn by_key<'a>(key: &[u8], left: impl Iterator<Item = (&'a str, u32)>) -> usize {
+    let key = fnv(key).to_be_bytes();
+    let distance = |(name, weight): (&str, u32)| {
+        let hash = fnv(&[name.as_bytes(), &key].concat());
+        -even(hash).ln() / f64::from(weight).max(f64::MIN_POSITIVE)
+    };
+    let nearest = left.map(distance).enumerate().min_by(|(_, one), (_, other)| one.total_cmp(other));
+    nearest.map_or(0, |(n, _)| n)
+}
+
+/// FNV-1a of 128 bits.
+#[must_use]
+pub fn fnv(bytes: &[u8]) -> u128 {
+    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    bytes.iter().fold(BASIS, |hash, byte| (hash ^ u128::from(*byte)).wrapping_mul(PRIME))
+}
+
+/// A hash as a number between 0 and 1, both excluded. What differs in a few bits is far apart (`SplitMix64`'s last steps).
+fn even(hash: u128) -> f64 {
+    let bytes = hash.to_be_bytes();
+    let half = |from: usize| bytes[from..from + 8].iter().fold(0, |all, byte| all << 8 | u64::from(*byte));
+    let mut mixed = half(0) ^ half(8);
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^= mixed >> 31;
+    (f64::from(u32::try_from(mixed >> 32).unwrap_or(u32::MAX)) + 0.5) / (f64::from(u32::MAX) + 1.0)
+}
+
 /// The better of two different ones that are drawn at random (the power of two choices): `load` says how busy each is,
 /// in any unit. Where that tells little, the one that was drawn first is taken, so that idle endpoints are asked as
 /// often as they weigh.
@@ -194,7 +226,32 @@ mod tests {
         assert_eq!(turns, [0, 0, 1, 0, 2, 0, 0], "as nginx has it");
     }
 
+    #[test]
+    fn keys_are_shared_by_weight() {
+        let mut counts = [0; 3];
+        for n in 0..10_000 {
+            counts[by_key(
+                format!("k{n}").as_bytes(),
+                [("10.0.0.1:80", 6), ("10.0.0.2:80", 3), ("10.0.0.3:80", 1)].into_iter(),
+            )] += 1;
+        }
+        for (count, due) in counts.into_iter().zip([6000, 3000, 1000_i32]) {
+            assert!((count - due).abs() < 300, "{counts:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn a_key_moves_only_where_its_own_endpoint_goes(key in vec(any::<u8>(), 0..20), weights in vec(1..=1000_u32, 2..20), gone in 0..20_usize) {
+            let names: Vec<_> = (0..weights.len()).map(|n| format!("10.0.0.{n}:80")).collect();
+            let all = || names.iter().map(String::as_str).zip(weights.iter().copied()).enumerate();
+            let gone = gone % weights.len();
+            let home = by_key(&key, all().map(|(_, one)| one));
+            let after = by_key(&key, all().filter(|(n, _)| *n != gone).map(|(_, one)| one));
+            let after = after + usize::from(after >= gone);
+            prop_assert!(home == gone || after == home);
+        }
+
         #[test]
         fn whoever_is_out_the_others_take_turns_by_their_weights(
             weights in vec(1..=1000_u16, 2..8),

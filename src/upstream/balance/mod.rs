@@ -10,7 +10,8 @@
 //!
 //! `hash` (a ketama ring) is that of `pingora-load-balancing`, asked by its `select_with`. Its `Backend` is an IP address,
 //! which a Unix socket and a name are not: each endpoint stands there under an address made of the hash of its name, so
-//! that every replica has the same ring, and it stays when the list is written in another order.
+//! that every replica has the same ring, and it stays when the list is written in another order. Where an
+//! endpoint that has most of the ring is out, keys go by rendezvous hashing instead, each to the same one of the others.
 //!
 //! `round_robin` and `random` are sidegate's own: pingora's forget the weights as soon as their first choice is out.
 //! `least_requests` and `peak_ewma` choose between two at random by what they know of them; pingora has neither. Nor has
@@ -153,25 +154,22 @@ impl Ring {
 
     /// The first of `left` from where `key` is. Each is passed over as often as it lacks of its `share`.
     fn find(&self, key: &[u8], left: &[usize], share: impl Fn(usize) -> f64) -> Option<usize> {
-        /// Steps for each endpoint: a ring has 160 points for each, and neighbours are often the same.
-        const STEPS: usize = 64;
+        /// A ring has 160 points for each unit of weight, and where much of it is out it is not worth walking on.
+        const STEPS: usize = 256;
         let place = |backend: &Backend| self.places.get(backend.as_inet()?).copied();
         let accept = |backend: &Backend, _| {
             let Some(place) = place(backend).filter(|place| left.contains(place)) else { return false };
             let share = share(place);
             share >= 1.0 || HasherRng::new().next_f64() < share
         };
-        let found = self.points.select_with(key, STEPS * self.places.len(), accept)?;
+        let found = self.points.select_with(key, STEPS, accept)?;
         place(&found)
     }
 }
 
-/// The address that the ring knows an endpoint by: the hash of its name (FNV-1a, 128 bits), the same everywhere.
+/// The address that the ring knows an endpoint by: the hash of its name, the same everywhere.
 fn stand_in(name: &str) -> SocketAddr {
-    const BASIS: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    let hash = name.bytes().fold(BASIS, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
-    SocketAddr::from((Ipv6Addr::from_bits(hash), 1))
+    SocketAddr::from((Ipv6Addr::from_bits(choice::fnv(name.as_bytes())), 1))
 }
 
 impl Balancer {
@@ -281,11 +279,14 @@ impl Balancer {
                 left[choice::of_two(&mut weights, random, load)]
             }
             Algorithm::Hash => {
-                let key = self.config.hash.as_ref().and_then(|key| value(key, request));
+                let Some(key) = self.config.hash.as_ref().and_then(|key| value(key, request)) else {
+                    return left[choice::draw(&weights, random())];
+                };
                 let share = |place: usize| self.share(&members.list[place], now);
-                let found = members.ring.as_ref().zip(key).and_then(|(ring, key)| ring.find(&key, left, share));
-                // Without a key, or where the ring has not come by one of those that are left.
-                found.unwrap_or_else(|| left[choice::draw(&weights, random())])
+                let found = members.ring.as_ref().and_then(|ring| ring.find(&key, left, share));
+                // Where the ring has not come by one of those that are left, because one that is out has most of it.
+                let named = left.iter().map(|n| (&**members.list[*n].endpoint.name(), members.list[*n].weight));
+                found.unwrap_or_else(|| left[choice::by_key(&key, named)])
             }
         }
     }

@@ -180,6 +180,22 @@ async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
     }
 }
 
+#[tokio::test]
+async fn a_key_stays_where_it_is_while_a_heavy_endpoint_is_out() {
+    let hash = Config { algorithm: Algorithm::Hash, hash: Some(HashKey::Path), ..Config::default() };
+    let scene = Scene::new(hash, None, &[1000, 1, 1], Does::Answer(200));
+    scene.members[0].endpoint.drain(true);
+    for n in 0..300 {
+        for _ in 0..2 {
+            scene.ask(get(&format!("/{n}"))).await.unwrap();
+        }
+    }
+    let asked = scene.asked.lock();
+    assert!(asked.chunks(2).all(|pair| pair[0] == pair[1]), "the same key goes to the same endpoint");
+    let light = asked.iter().filter(|name| ***name == **scene.members[1].endpoint.name()).count();
+    assert!((200..=400).contains(&light), "{light} of 600");
+}
+
 #[test]
 fn a_key_is_found_where_it_is_said_to_be() {
     let request = http::Request::get("/a/b?x=1&session=s%201&session=2")
