@@ -175,6 +175,19 @@ async fn an_open_breaker_is_passed_over_and_all_of_them_are_told_of() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_refused_while_one_endpoint_is_probed_again_and_again() {
+    let (there, gone) = (Recorder::ok().await, Backend::nowhere().await);
+    let breaker = ", balance: { algorithm: round_robin }, \
+                   circuit_breaker: { consecutive_failures: 1, recovery: 5ms, max_recovery: 5ms }";
+    let retry = "threads: 4\ndefaults: { retry: { budget: { ratio: 1, floor: 1000 } } }";
+    let proxy = Proxy::start(&file(&[gone, there.url()], breaker, retry)).await;
+    join_all((0..32).map(|_| ask(&proxy, 50, GET))).await;
+    assert_eq!(there.requests().len(), 1600);
+    let refused = r#"sidegate_balance_picks_total{upstream="api",outcome="circuit_open"}"#;
+    assert_eq!(proxy.sample(refused).await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_endpoint_is_drained_over_reloads_until_it_is_put_back() {
     let (one, other) = (Recorder::ok().await, Recorder::ok().await);
     let endpoints = [one.url(), other.url()];

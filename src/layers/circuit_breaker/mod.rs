@@ -57,7 +57,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Extensions, Request, Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use parking_lot::{Mutex, MutexGuard};
 use pin_project_lite::pin_project;
@@ -279,22 +279,22 @@ impl Breaker {
         (gate & 1 == 1).then_some(gate >> 1)
     }
 
-    fn admit(self: &Arc<Self>) -> Result<Held, Error> {
+    /// Lets a request through, or says when to come again, where that is known.
+    fn enter(self: Arc<Self>) -> Result<Held, Option<Duration>> {
         let ticket = match self.closed() {
-            Some(generation) => Ok(Ticket::ordinary(generation)),
-            None => self.change(|machine| machine.admit(Instant::now())),
+            Some(generation) => Ticket::ordinary(generation),
+            None => self.change(|machine| machine.admit(Instant::now()))?,
         };
-        match ticket {
-            Ok(ticket) => Ok(Held { breaker: self.clone(), ticket: Some(ticket) }),
-            Err(after) => {
-                self.metrics.refused.inc();
-                let refused = Error::from(Kind::CircuitOpen);
-                Err(match after {
-                    Some(after) => refused.with_retry_after(after),
-                    // Until an operator says so.
-                    None => refused,
-                })
-            }
+        Ok(Held { breaker: self, ticket: Some(ticket) })
+    }
+
+    /// The refusal of a request, which may come again after so long, or when an operator says so.
+    fn refuse(&self, after: Option<Duration>) -> Error {
+        self.metrics.refused.inc();
+        let refused = Error::from(Kind::CircuitOpen);
+        match after {
+            Some(after) => refused.with_retry_after(after),
+            None => refused,
         }
     }
 
@@ -342,10 +342,21 @@ impl Breaker {
     }
 }
 
+/// What a request has with it that balancing got past the breaker. Request extension, from there to the layer.
+#[derive(Clone)]
+struct Passed(Arc<Held>);
+
 /// So that balancing, a floor below, asks another endpoint.
 impl Admit for Breaker {
     fn admits(&self) -> bool {
         self.admits()
+    }
+
+    fn admit(self: Arc<Self>, extensions: &mut Extensions) -> bool {
+        self.enter().is_ok_and(|held| {
+            extensions.insert(Passed(Arc::new(held)));
+            true
+        })
     }
 
     fn retry_after(&self) -> Option<Duration> {
@@ -438,10 +449,13 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
-    fn call(&mut self, request: Request<ReqBody>) -> Self::Future {
-        let held = match self.breaker.admit() {
+    fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
+        let passed = request.extensions_mut().remove().and_then(|Passed(held)| Arc::into_inner(held));
+        let passed = passed.filter(|held| Arc::ptr_eq(&held.breaker, &self.breaker));
+        let held = match passed.map_or_else(|| self.breaker.clone().enter(), Ok) {
             Ok(held) => held,
-            Err(refused) => {
+            Err(after) => {
+                let refused = self.breaker.refuse(after);
                 if let Some(exchange) = Exchange::of(&request) {
                     let mut facts = exchange.facts();
                     facts.upstream = Some(self.breaker.upstream.clone());

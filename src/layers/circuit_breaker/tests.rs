@@ -433,6 +433,40 @@ async fn who_leaves_or_fails_on_his_own_gives_the_permit_back() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_permit_that_a_pick_took_is_used_once_and_never_lost() {
+    let mut layered = Layered::new(config());
+    for _ in 0..3 {
+        layered.fail().await;
+    }
+    advance(secs(10)).await;
+    let pick = |layered: &Layered| {
+        let mut request: Asked = Request::new(Body::empty());
+        let picked = Admit::admit(layered.breaker.clone(), request.extensions_mut());
+        picked.then_some(request)
+    };
+    let picked = pick(&layered).expect("a permit");
+    assert!(pick(&layered).is_none(), "the only permit is out");
+    drop(picked);
+    assert_eq!((layered.breaker.snapshot().probes, layered.breaker.refused()), (0, 0));
+
+    let picked = pick(&layered).expect("it came back");
+    let answer = layered.service.ready().await.unwrap().call(picked);
+    layered.backend.next_request().await.expect("it passes by its permit");
+    assert_eq!(layered.breaker.snapshot().probes, 1);
+    drop(answer);
+    assert_eq!(layered.breaker.snapshot().probes, 0);
+
+    // One of another breaker is of no use here, and goes back.
+    let other = Arc::new(Breaker::new("api", "127.0.0.1:8001", config(), &Metrics::new()));
+    let mut picked = pick(&layered).expect("a permit");
+    assert!(Admit::admit(other, picked.extensions_mut()), "in its place");
+    let answer = layered.service.ready().await.unwrap().call(picked);
+    layered.backend.next_request().await.expect("it gets one itself").1.send_response(Response::new(Body::empty()));
+    answer.await.unwrap();
+    assert_eq!(layered.breaker.snapshot().state, State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_that_breaks_off_is_a_failure_and_one_that_is_left_is_not() {
     let mut layered = Layered::new(Config { consecutive_failures: Toggle::On(count(9)), ..config() });
     for broken in [true, false, true, true] {

@@ -8,6 +8,9 @@
 //! | tried for this request | picked where nothing else is left |
 //! | what remains | by `algorithm`, weights and slow start |
 //!
+//! The pick takes the breaker's permit: where the breaker opens, or its last permit goes to somebody else, in between,
+//! another endpoint is picked.
+//!
 //! `hash` (a ketama ring) is that of `pingora-load-balancing`, asked by its `select_with`. Its `Backend` is an IP address,
 //! which a Unix socket and a name are not: each endpoint stands there under an address made of the hash of its name, so
 //! that every replica has the same ring, and it stays when the list is written in another order. Where an
@@ -39,7 +42,7 @@ use std::{
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::{StatusCode, header::COOKIE};
+use http::{Extensions, StatusCode, header::COOKIE};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use parking_lot::Mutex;
 use pin_project_lite::pin_project;
@@ -63,8 +66,11 @@ use crate::{
 
 /// Whether an endpoint may be asked: what a circuit breaker, a floor above, says.
 pub trait Admit: Send + Sync {
-    /// Whether a request would be let through now.
+    /// Whether a request would be let through now. Another may be first.
     fn admits(&self) -> bool;
+    /// Lets a request through now, if it can, and leaves in its `extensions` that it has: for the layer around the
+    /// endpoint, which lets it pass by that.
+    fn admit(self: Arc<Self>, extensions: &mut Extensions) -> bool;
     /// When to come again; nothing where that is not known.
     fn retry_after(&self) -> Option<Duration>;
 }
@@ -219,8 +225,8 @@ impl Balancer {
         self.config.slow_start.on().map_or(1.0, |window| member.endpoint.share(window.get(), now))
     }
 
-    /// Picks one of `lanes` for `request`.
-    fn pick(&self, lanes: &Lanes, request: &Request, now: Instant) -> Result<usize, Error> {
+    /// Picks one of `lanes` for `request`, and gets it past the breaker there.
+    fn pick(&self, lanes: &Lanes, request: &mut Request, now: Instant) -> Result<usize, Error> {
         let list = &lanes.members.list;
         let all = || (0..list.len()).filter(|n| list[*n].weight > 0 && !list[*n].endpoint.is_drained());
         let mut left: Vec<usize> = all().filter(|n| list[*n].endpoint.is_healthy(now)).collect();
@@ -234,34 +240,46 @@ impl Balancer {
             return Err(Kind::NoHealthyEndpoint.into());
         }
         let mut after: Option<Duration> = None;
+        let mut refused = |admit: &dyn Admit| after = admit.retry_after().into_iter().chain(after).min();
         left.retain(|n| match &lanes.lanes[*n].admit {
             Some(admit) if !admit.admits() => {
-                after = admit.retry_after().into_iter().chain(after).min();
+                refused(&**admit);
                 false
             }
             _ => true,
         });
-        if left.is_empty() {
-            self.metrics.circuit_open.inc();
-            let refused = Error::from(Kind::CircuitOpen);
-            return Err(match after {
-                Some(after) => refused.with_retry_after(after),
-                None => refused,
+        let tried = request.extensions().get::<Tried>().filter(|tried| !tried.is_empty()).cloned();
+        // One endpoint less each time.
+        while !left.is_empty() {
+            let untried = tried.as_ref().map(|tried| {
+                let untried = left.iter().filter(|n| !tried.contains(list[**n].endpoint.name()));
+                untried.copied().collect::<Vec<_>>()
             });
+            let place = match untried.as_ref().filter(|untried| !untried.is_empty()).unwrap_or(&left).as_slice() {
+                [only] => *only,
+                among => self.choose(&lanes.members, among, request, now),
+            };
+            match &lanes.lanes[place].admit {
+                // It opened, or others took its permits, since it was looked at.
+                Some(admit) if !admit.clone().admit(request.extensions_mut()) => {
+                    refused(&**admit);
+                    left.retain(|n| *n != place);
+                }
+                _ => {
+                    if panics {
+                        self.metrics.panic.inc()
+                    } else {
+                        self.metrics.picked.inc()
+                    };
+                    return Ok(place);
+                }
+            }
         }
-        if let Some(tried) = request.extensions().get::<Tried>().filter(|tried| !tried.is_empty())
-            && left.iter().any(|n| !tried.contains(list[*n].endpoint.name()))
-        {
-            left.retain(|n| !tried.contains(list[*n].endpoint.name()));
-        }
-        if panics {
-            self.metrics.panic.inc()
-        } else {
-            self.metrics.picked.inc()
-        };
-        Ok(match &*left {
-            [only] => *only,
-            _ => self.choose(&lanes.members, &left, request, now),
+        self.metrics.circuit_open.inc();
+        let refused = Error::from(Kind::CircuitOpen);
+        Err(match after {
+            Some(after) => refused.with_retry_after(after),
+            None => refused,
         })
     }
 
@@ -408,7 +426,7 @@ impl Service<Request> for Balance {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request) -> ResponseFuture {
+    fn call(&mut self, mut request: Request) -> ResponseFuture {
         let Shared { balancer, make, lanes } = &*self.0;
         let mut ways = lanes.load();
         let members = balancer.members.load();
@@ -417,7 +435,7 @@ impl Service<Request> for Balance {
             ways = lanes.load();
         }
         let begun = Instant::now();
-        let place = match balancer.pick(&ways, &request, begun) {
+        let place = match balancer.pick(&ways, &mut request, begun) {
             Ok(place) => place,
             Err(refused) => {
                 if let Some(exchange) = Exchange::of(&request) {

@@ -19,11 +19,16 @@ enum Does {
     Hang,
 }
 
-struct Gate(bool);
+/// Whether it admits when it is looked at, and when it comes to it.
+struct Gate(bool, bool);
 
 impl Admit for Gate {
     fn admits(&self) -> bool {
         self.0
+    }
+
+    fn admit(self: Arc<Self>, _: &mut Extensions) -> bool {
+        self.1
     }
 
     fn retry_after(&self) -> Option<Duration> {
@@ -49,7 +54,7 @@ struct Scene {
 
 impl Scene {
     fn new(config: Config, passive: Option<health::Passive>, weights: &[u32], does: Does) -> Self {
-        Self::gated(config, passive, weights, does, |_| true)
+        Self::gated(config, passive, weights, does, |_| (true, true))
     }
 
     fn gated(
@@ -57,7 +62,7 @@ impl Scene {
         passive: Option<health::Passive>,
         weights: &[u32],
         does: Does,
-        open: impl Fn(&str) -> bool + Send + Sync + 'static,
+        open: impl Fn(&str) -> (bool, bool) + Send + Sync + 'static,
     ) -> Self {
         let metrics = Metrics::new();
         let members = members(&metrics, weights);
@@ -66,7 +71,8 @@ impl Scene {
         let noted = asked.clone();
         let balance = Balance::new(balancer, move |member| {
             let (name, noted) = (member.endpoint.name().to_string(), noted.clone());
-            let admit: Option<Arc<dyn Admit>> = Some(Arc::new(Gate(open(&name))));
+            let (looks, is) = open(&name);
+            let admit: Option<Arc<dyn Admit>> = Some(Arc::new(Gate(looks, is)));
             let service = service_fn(move |_: Request| {
                 noted.lock().push(name.clone());
                 respond(does)
@@ -239,10 +245,28 @@ async fn what_was_tried_is_tried_again_only_when_nothing_else_is_left() {
 
 #[tokio::test]
 async fn a_breaker_that_does_not_admit_is_passed_over() {
-    let shut = |name: &str| name != "10.0.0.1:80";
+    let shut = |name: &str| (name != "10.0.0.1:80", true);
     let scene = Scene::gated(config(Algorithm::RoundRobin), None, &[1, 1], Does::Answer(200), shut);
     assert_eq!(scene.counts(10).await, [0, 10]);
-    let scene = Scene::gated(config(Algorithm::RoundRobin), None, &[1, 1], Does::Answer(200), |_| false);
+    let scene = Scene::gated(config(Algorithm::RoundRobin), None, &[1, 1], Does::Answer(200), |_| (false, true));
+    let refused = scene.ask(get("/")).await.unwrap_err();
+    let refused = Error::find(&*refused).unwrap();
+    assert_eq!((refused.kind(), refused.retry_after()), (Kind::CircuitOpen, Some(Duration::from_secs(7))));
+}
+
+#[tokio::test]
+async fn a_breaker_whose_permits_others_took_is_passed_over_too() {
+    for algorithm in [Algorithm::RoundRobin, Algorithm::Random, Algorithm::LeastRequests, Algorithm::PeakEwma] {
+        let taken = |name: &str| (true, name == "10.0.0.3:80");
+        let scene = Scene::gated(config(algorithm), None, &[5, 5, 1], Does::Answer(200), taken);
+        assert_eq!(scene.counts(50).await, [0, 0, 50], "{algorithm:?}");
+        // Rather one that was tried than none.
+        let (tried, mut request) = (Tried::default(), get("/"));
+        tried.add(scene.members[2].endpoint.name());
+        request.extensions_mut().insert(tried);
+        scene.ask(request).await.unwrap();
+    }
+    let scene = Scene::gated(Config::default(), None, &[1, 1], Does::Answer(200), |_| (true, false));
     let refused = scene.ask(get("/")).await.unwrap_err();
     let refused = Error::find(&*refused).unwrap();
     assert_eq!((refused.kind(), refused.retry_after()), (Kind::CircuitOpen, Some(Duration::from_secs(7))));
