@@ -7,6 +7,7 @@ mod harness;
 mod assistant;
 mod auth;
 mod balance;
+mod browser;
 mod circuit_breaker;
 mod cli;
 mod concurrency;
