@@ -53,6 +53,7 @@ use super::{
     drain::Drain,
     failures::{Failures, Slow, Ungreeted, reason},
     proxy_protocol,
+    response::Outbound,
     streams::{Streams, asked},
     tls::Tls,
 };
@@ -241,7 +242,7 @@ impl Drop for Open {
 /// What a connection's reader, its requests and its timer leave for each other: one allocation per connection,
 /// which lives as long as the last of them.
 #[derive(Debug)]
-struct Watch {
+pub(super) struct Watch {
     accepted: Instant,
     /// Requests whose response has not ended.
     in_flight: AtomicU32,
@@ -262,7 +263,7 @@ struct Watch {
 /// Bytes came while no request was in flight: a head has begun.
 const READ: u8 = 1;
 /// The response is ended by the connection's end, and broke off: the end must not look like one (HTTP/1.0).
-const RESET: u8 = 2;
+pub(super) const RESET: u8 = 2;
 /// The reader throws away what is left of a request body.
 const LINGER: u8 = 4;
 /// HTTP/1.1: the connection becomes, or is, a tunnel.
@@ -281,7 +282,7 @@ impl Watch {
         self.flags.load(Ordering::Acquire) & flag != 0
     }
 
-    fn set(&self, flag: u8) {
+    pub(super) fn set(&self, flag: u8) {
         self.flags.fetch_or(flag, Ordering::AcqRel);
     }
 
@@ -298,7 +299,8 @@ impl Watch {
         }
     }
 
-    fn stalled(&self) -> Option<Instant> {
+    /// Since when what there is to be written cannot be.
+    pub(super) fn stalled(&self) -> Option<Instant> {
         let since = self.stalled.load(Ordering::Relaxed);
         (since != 0).then(|| self.accepted + Duration::from_micros(since))
     }
@@ -332,7 +334,7 @@ impl Rest {
 
 /// A request whose response has not ended.
 #[derive(Debug)]
-struct InFlight(Arc<Watch>);
+pub(super) struct InFlight(Arc<Watch>);
 
 impl InFlight {
     fn begin(watch: &Arc<Watch>) -> Self {
@@ -340,6 +342,10 @@ impl InFlight {
         watch.in_flight.fetch_add(1, Ordering::AcqRel);
         watch.flags.fetch_and(!(READ | UNREAD), Ordering::AcqRel);
         Self(watch.clone())
+    }
+
+    pub(super) fn watch(&self) -> &Watch {
+        &self.0
     }
 }
 
@@ -620,7 +626,11 @@ impl AsyncWrite for Io {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+        let this = self.get_mut();
+        let polled = Pin::new(&mut this.stream).poll_flush(cx);
+        // TLS takes more than the socket does.
+        this.watch.wrote(&polled);
+        polled
     }
 
     /// Sends the end, and then, where a request body was not read to its end, throws the rest away until the client
@@ -665,7 +675,7 @@ struct Leaf<H> {
 }
 
 impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
-    type Response = http::Response<Counted<H::Body>>;
+    type Response = http::Response<Outbound<H::Body>>;
     type Error = Infallible;
     type Future = Answer<H::Answer>;
 
@@ -682,7 +692,7 @@ impl<H: Handler> hyper::service::Service<http::Request<Incoming>> for Leaf<H> {
         request.extensions_mut().insert(self.facts.clone());
         // Room for what the layers add: an id, `Via` and where the request came from. Grown once, not twice.
         request.headers_mut().reserve(6);
-        Answer { future: self.shared.handler.call(request), in_flight, before_11, connect }
+        Answer { future: self.shared.handler.call(request), in_flight, before_11, http2, connect }
     }
 }
 
@@ -693,6 +703,7 @@ pin_project_lite::pin_project! {
         future: F,
         in_flight: Option<InFlight>,
         before_11: bool,
+        http2: bool,
         connect: bool,
     }
 }
@@ -702,7 +713,7 @@ where
     F: Future<Output = http::Response<B>>,
     B: HttpBody,
 {
-    type Output = Result<http::Response<Counted<B>>, Infallible>;
+    type Output = Result<http::Response<Outbound<B>>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
@@ -714,7 +725,7 @@ where
             in_flight.0.set(CONNECTED);
         }
         let by_close = *this.before_11 && !response.headers().contains_key(CONTENT_LENGTH);
-        Poll::Ready(Ok(response.map(|body| Counted { by_close, ended: false, body, in_flight })))
+        Poll::Ready(Ok(response.map(|body| Outbound::new(body, *this.http2, by_close, in_flight))))
     }
 }
 
@@ -757,48 +768,6 @@ impl Drop for Inbound {
         if !self.ended && !self.incoming.is_end_stream() {
             self.watch.set(UNREAD);
         }
-    }
-}
-
-pin_project_lite::pin_project! {
-    /// A response's body, in flight until it is dropped.
-    struct Counted<B: HttpBody> {
-        #[pin]
-        body: B,
-        // The client takes the connection's end for the body's: HTTP/1.0 without a length.
-        by_close: bool,
-        ended: bool,
-        in_flight: InFlight,
-    }
-
-    impl<B: HttpBody> PinnedDrop for Counted<B> {
-        fn drop(this: Pin<&mut Self>) {
-            if this.by_close && !this.ended && !this.body.is_end_stream() {
-                this.in_flight.0.set(RESET);
-            }
-        }
-    }
-}
-
-impl<B: HttpBody> HttpBody for Counted<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        let this = self.project();
-        let polled = asked(this.body.poll_frame(cx));
-        if let Poll::Ready(None) = polled {
-            *this.ended = true;
-        }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }
 

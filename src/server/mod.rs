@@ -13,6 +13,7 @@ mod failures;
 mod listener;
 mod proxy_protocol;
 pub mod reload;
+mod response;
 mod streams;
 pub mod tls;
 

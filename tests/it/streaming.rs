@@ -4,6 +4,7 @@
 use std::{fmt::Write as _, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::join_all;
 use http::{Request, Response};
 use http_body_util::BodyExt;
 use tokio::time::{Instant, sleep, timeout};
@@ -336,6 +337,88 @@ async fn an_http2_client_sees_a_response_that_breaks_off_as_a_reset_stream() {
         let end = within("the end of the body", body.frame()).await;
         let error = end.expect("not an end of stream").expect_err("a reset");
         assert!(format!("{error:?}").contains("Reset"), "{head}: {error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrived_before_a_break_reaches_the_client() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let event = "data: 1\n\n";
+    let bodies = [
+        ("transfer-encoding: chunked", "9\r\ndata: 1\n\n\r\n".repeat(2)),
+        ("transfer-encoding: chunked", "9\r\ndata: 1\n\n\r\n".repeat(2) + "no chunk\r\n"),
+        ("content-length: 100", event.repeat(2)),
+    ];
+    // It is a race between what is written and the break that follows it, whether they come together or not.
+    for turn in 0..60 {
+        let (framing, body) = &bodies[turn % bodies.len()];
+        let answering = async {
+            let (mut upstream, _) = backend.accept_head().await;
+            let head = format!("HTTP/1.1 200 OK\r\n{framing}\r\n\r\n");
+            if turn % 2 == 0 {
+                upstream.send(head + body).await;
+            } else {
+                upstream.send(head).await;
+                upstream.send(body).await;
+            }
+        };
+        let mut client = proxy.connect().await;
+        client.send(GET).await;
+        let ((arrived, _), ()) = tokio::join!(client.rest(), answering);
+        let arrived = String::from_utf8(arrived).unwrap();
+        assert!(arrived.starts_with("HTTP/1.1 200 OK\r\n"), "turn {turn}, {framing}: {arrived}");
+        assert_eq!(arrived.matches(event).count(), 2, "turn {turn}, {framing}: {arrived}");
+        assert!(!arrived.ends_with("0\r\n\r\n"), "turn {turn}, {framing}: {arrived}");
+    }
+    let client = Http2Client::to(proxy.address()).await;
+    for (framing, body) in &bodies {
+        let head = format!("HTTP/1.1 200 OK\r\n{framing}\r\n\r\n");
+        let asking = async || {
+            let (request, answer) = client.begin(Request::get("http://sidegate.test/").body(()).unwrap());
+            request.finish();
+            let answer = within("the head", answer).await;
+            let mut answer = answer.unwrap_or_else(|error| panic!("{framing}: no head: {error:?}")).into_body();
+            let mut arrived = Vec::new();
+            let end = loop {
+                match within("a frame", answer.frame()).await {
+                    Some(Ok(frame)) => arrived.extend(frame.into_data().unwrap()),
+                    end => break end,
+                }
+            };
+            assert!(end.is_some(), "{framing}: it is seen as broken off");
+            assert_eq!(arrived, event.repeat(2).as_bytes(), "{framing}");
+        };
+        let answering = async {
+            for _ in 0..20 {
+                backend.accept_head().await.0.send(head.clone() + body).await;
+            }
+        };
+        tokio::join!(join_all((0..20).map(|_| asking())), answering);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrived_before_a_break_reaches_a_client_that_is_slow_to_read_it() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), "").await;
+    let body = vec![b'x'; 8 << 20];
+    for turn in 0..5 {
+        let (mut client, mut upstream) =
+            begun(&proxy, &backend, "HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n").await;
+        let mut sending = std::pin::pin!(async {
+            upstream.send(&body).await;
+            drop(upstream);
+        });
+        // All of it may find room on the way, the break included, before any of it is read.
+        let sent = timeout(Duration::from_millis(300), &mut sending).await.is_ok();
+        let rest = async {
+            if !sent {
+                sending.await
+            }
+        };
+        let ((arrived, _), ()) = tokio::join!(client.rest(), rest);
+        assert_eq!(arrived.len(), body.len(), "turn {turn}");
     }
 }
 
