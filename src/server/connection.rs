@@ -1333,6 +1333,27 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_stream_of_http2_that_is_read_slowly_but_steadily_is_not_given_up() {
+        const LENGTH: usize = 1 << 20;
+        // Allowed 300 s of silence.
+        let (client, _serving, _) = serve(|_: Request| now(Response::new(Body::from(vec![0; LENGTH]))));
+        let (mut send, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+            .initial_stream_window_size(64 << 10)
+            .handshake::<_, Body>(TokioIo::new(client))
+            .await
+            .unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::get("http://a/").body(Body::empty()).unwrap();
+        let mut slow = send.send_request(request).await.unwrap().into_body();
+        let mut read = 0;
+        while let Some(frame) = slow.frame().await {
+            read += frame.expect("it is not reset").into_data().unwrap().len();
+            sleep(secs(40)).await;
+        }
+        assert_eq!(read, LENGTH);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn a_drain_closes_at_once_what_rests() {
         let (mut client, serving, drain) = serve(hello);
         client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();

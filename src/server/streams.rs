@@ -11,6 +11,8 @@
 //! upstream request; the connection goes on. nginx does the same under `send_timeout`, Envoy under
 //! `stream_idle_timeout`.
 //!
+//! A client that reads slowly is asked no more than that it takes a piece of its response (see `response`) within `idle`.
+//!
 //! What a body has handed over to its end lies in h2, out of sight, until the window opens or the connection ends: at
 //! most one chunk per stream, and such a stream still counts as one of `limits.http2_streams`.
 
