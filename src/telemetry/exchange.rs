@@ -81,6 +81,8 @@ pub struct Facts {
     pub rate_limited: Option<Arc<str>>,
     /// How many times the request was sent again.
     pub retries: u32,
+    /// Whether one of these was for a pooled connection that the upstream had closed.
+    pub repeated: bool,
     /// Whether another upstream than the route's own was asked.
     pub fallback: bool,
     /// The slug of the error that sidegate answered with, or that cut the response off.
@@ -197,6 +199,16 @@ impl Exchange {
         facts.error = Some(kind.slug());
         facts.cause = Some(chain(error));
         facts.aborted_by = Some(by);
+    }
+
+    /// Notes that the request is sent again for a pooled connection that the upstream had closed. False where that was done
+    /// before, and is not to be done again.
+    #[must_use]
+    pub fn repeat(&self) -> bool {
+        let mut facts = self.facts();
+        let first = !std::mem::replace(&mut facts.repeated, true);
+        facts.retries += u32::from(first);
+        first
     }
 
     /// The facts, to read or to write. Held for a few instructions, never over an `.await`.

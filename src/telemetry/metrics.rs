@@ -310,6 +310,9 @@ pub struct EndpointMetrics {
     pub failed: Counter,
     /// Attempts whose client left first.
     pub cancelled: Counter,
+    /// Attempts that were begun anew, for the upstream had closed the pooled connection. They are counted once more by how
+    /// they end.
+    pub repeated: Counter,
     /// Connections opened.
     pub connected: Counter,
     _shown: Shown,
@@ -642,6 +645,7 @@ impl Metrics {
             answered: counter("answered"),
             failed: counter("failed"),
             cancelled: counter("cancelled"),
+            repeated: counter("repeated"),
             connected: counter("connected"),
             _shown: shown,
         }
@@ -923,7 +927,7 @@ impl Shared {
                 }
             }
             Of::Attempts(of) => {
-                for outcome in ["answered", "failed", "cancelled", "connected"] {
+                for outcome in ["answered", "failed", "cancelled", "repeated", "connected"] {
                     f.attempts.remove(&Attempt::of(&of.upstream, &of.endpoint, outcome));
                 }
             }

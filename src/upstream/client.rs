@@ -9,7 +9,10 @@
 //!
 //! A request that a pooled connection did not take is sent again on another: it was never on the wire. One
 //! that was written to a pooled connection that the upstream had meanwhile closed is sent once more if it is
-//! idempotent and has no body (RFC 9112 §9.3.1). So is, over HTTP/2, one that the upstream refused to begin with.
+//! idempotent and has no body (RFC 9112 §9.3.1). That is believed where the end comes at once and without a byte, and once
+//! in all attempts for a client's request: an upstream that dies of the request looks the same. Such a repetition shows
+//! as `outcome="repeated"` in `upstream_attempts` and in the access log's `retries`; a retry's budget does not
+//! count it. Sent once more is also, over HTTP/2, a request that the upstream refused to begin with.
 
 use std::{
     future::poll_fn,
@@ -212,6 +215,8 @@ struct Endpoint {
 /// An HTTP/1.1 connection: the side that takes requests, and the side that moves bytes while it is polled.
 struct Connection {
     send: http1::SendRequest<Body>,
+    /// How often something was heard over it.
+    reads: Arc<AtomicU64>,
     /// `None` once it has ended. Dropping it is what fails a request that it had not yet taken: kept, that
     /// request would wait for ever.
     drive: Option<Drive>,
@@ -244,6 +249,10 @@ struct Multiplexed {
     /// A request has waited in vain and nothing was heard: it takes no more.
     deaf: Arc<AtomicBool>,
 }
+
+/// Within this time, the way to the most distant of upstreams and back, a pooled connection shows that it had been closed
+/// before a request was written to it. What ends later ends with the request.
+const AT_ONCE: Duration = Duration::from_millis(500);
 
 /// After this long without an answer, and without any sign of the upstream, a request that is given up takes
 /// its HTTP/2 connection with it, for those to come.
@@ -469,6 +478,7 @@ impl Client {
                 None => Box::pin(self.open()).await?,
             };
             let kept = reused && may_repeat(request);
+            let before = kept.then(|| (Instant::now(), connection.reads.load(Ordering::Relaxed)));
             let outgoing = if kept { copy(request) } else { mem::take(request) };
             let mut error = match connection.exchange(outgoing).await {
                 Ok(response) => return Ok((response, Lease::Http1 { connection, pool: endpoint.pool.clone() })),
@@ -479,19 +489,30 @@ impl Client {
                 // It was never on the wire: any request may be sent again.
                 Some(unsent) if !kept => *request = unsent,
                 Some(_) => {}
-                // Once: other pooled connections are as likely to be stale.
-                None if kept && closed_before(error.error()) => spent = true,
-                None => return Err(broken(error.into_error())),
+                None => {
+                    let stale = before.is_some_and(|(begun, reads)| {
+                        begun.elapsed() < AT_ONCE
+                            && connection.reads.load(Ordering::Relaxed) == reads
+                            && closed_before(error.error())
+                    });
+                    // Once: other pooled connections are as likely to be stale.
+                    if !stale || Exchange::of(request).is_some_and(|exchange| !exchange.repeat()) {
+                        return Err(broken(error.into_error()));
+                    }
+                    endpoint.metrics.repeated.inc();
+                    spent = true;
+                }
             }
         }
     }
 
     /// A new HTTP/1.1 connection.
     async fn open(&self) -> Result<Connection, Error> {
-        let io = LastWord::new(self.dial().await?);
+        let reads = Arc::default();
+        let io = LastWord::new(Heard::new(self.dial().await?, Arc::clone(&reads)));
         let failed = |error| Error::new(Kind::ConnectFailed, error);
         let (send, connection) = http1::Builder::new().handshake(TokioIo::new(io)).await.map_err(failed)?;
-        let mut connection = Connection { send, drive: Some(Box::pin(connection.with_upgrades())) };
+        let mut connection = Connection { send, reads, drive: Some(Box::pin(connection.with_upgrades())) };
         // The first turn makes it ready.
         poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await;
         Ok(connection)
@@ -683,7 +704,7 @@ fn copy(request: &Request) -> Request {
     copy
 }
 
-/// Whether the connection ended before a byte of a response: what a stale one does.
+/// Whether the connection ended: what a stale one does.
 fn closed_before(error: &hyper::Error) -> bool {
     use std::{error::Error as _, io};
     let reset = error
@@ -732,7 +753,7 @@ impl Lease {
     /// Lets the connection drive itself.
     fn detach(&mut self) {
         *self = match mem::replace(self, Self::Ended) {
-            Self::Http1 { connection: Connection { send, drive: Some(drive) }, .. } => {
+            Self::Http1 { connection: Connection { send, drive: Some(drive), .. }, .. } => {
                 Self::Detached { _send: send, _task: Task::spawn(drive.map(drop)) }
             }
             Self::Http1 { .. } => Self::Ended,

@@ -114,7 +114,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for LastWord<S> {
     }
 }
 
-/// A connection that counts what is heard over it.
+/// A connection that counts how often something is heard over it; its end is nothing.
 pub(super) struct Heard<S> {
     io: S,
     reads: Arc<AtomicU64>,
@@ -129,8 +129,9 @@ impl<S> Heard<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Heard<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        let before = buf.filled().len();
         let polled = Pin::new(&mut this.io).poll_read(cx, buf);
-        if polled.is_ready() {
+        if buf.filled().len() > before {
             this.reads.fetch_add(1, Ordering::Relaxed);
         }
         polled

@@ -7,10 +7,11 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use futures_util::future::join_all;
-use tokio::{net::TcpListener, task::JoinSet};
+use tokio::{net::TcpListener, sync::Barrier, task::JoinSet};
 
 use crate::harness::{Backend, Ending, Proxy, Wire, eventually, figure};
 
@@ -43,6 +44,78 @@ async fn a_get_is_asked_again_after_a_failure() {
     let line = proxy.access_line("retry-1").await;
     assert_eq!((&line["retries"], &line["status"], &line["error"]), (&1.into(), &200.into(), &().into()), "{line}");
     assert_eq!(proxy.sample(r#"sidegate_retries_total{upstream="api",outcome="answered"}"#).await, 2);
+}
+
+/// A backend that answers once it has so many connections, and then no more: it reads a request and ends the connection
+/// as `dying` does. With how many requests it did that.
+async fn mortal<F>(
+    connections: usize,
+    tasks: &mut JoinSet<()>,
+    dying: impl Fn(Wire) -> F + Clone + Send + 'static,
+) -> (SocketAddr, Arc<AtomicU64>)
+where
+    F: Future<Output = ()> + Send,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (all, deaths) = (Arc::new(Barrier::new(connections)), Arc::new(AtomicU64::new(0)));
+    let counted = deaths.clone();
+    tasks.spawn(async move {
+        let mut wires = JoinSet::new();
+        for turn in 0.. {
+            let Ok((stream, _)) = listener.accept().await else { return };
+            let (all, counted, dying) = (all.clone(), counted.clone(), dying.clone());
+            wires.spawn(async move {
+                let mut wire = Wire::new(stream);
+                if turn < connections {
+                    wire.head().await;
+                    all.wait().await;
+                    wire.send(OK).await;
+                }
+                if wire.another().await {
+                    wire.head().await;
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    dying(wire).await;
+                }
+            });
+        }
+    });
+    (address, deaths)
+}
+
+/// Three at a time, so that there are three pooled connections.
+async fn three(proxy: &Proxy) {
+    let get = async || assert_eq!(proxy.get("/").await.status(), 200);
+    tokio::join!(get(), get(), get());
+}
+
+const REPEATED: &str = r#"sidegate_upstream_attempts_total{upstream="api",endpoint="ENDPOINT",outcome="repeated"}"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_meets_a_closed_connection_is_repeated_once_whatever_the_retries() {
+    let mut tasks = JoinSet::new();
+    let (address, deaths) = mortal(3, &mut tasks, async |_| {}).await;
+    let file = "defaults: { retry: { attempts: 3, on: [reset], backoff: { base: 1ms } } }";
+    let proxy = Proxy::before(&format!("http://{address}"), file).await;
+    three(&proxy).await;
+    assert_eq!(proxy.ask(head("GET /", "")).await.status(), 502);
+    assert_eq!(deaths.load(Ordering::Relaxed), 4, "three attempts, and the repetition");
+    assert_eq!(proxy.access_line("retry-1").await["retries"], 3);
+    assert_eq!(proxy.sample(&REPEATED.replace("ENDPOINT", &address.to_string())).await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_the_upstream_began_to_answer_or_to_work_on_is_not_repeated() {
+    let mut tasks = JoinSet::new();
+    let began = mortal(3, &mut tasks, async |mut wire: Wire| wire.send("HTTP/1.1 200 OK\r\ncont").await).await;
+    let worked = mortal(3, &mut tasks, async |_| tokio::time::sleep(Duration::from_secs(1)).await).await;
+    for (address, deaths) in [began, worked] {
+        let proxy = Proxy::before(&format!("http://{address}"), "").await;
+        three(&proxy).await;
+        assert_eq!(proxy.ask(head("GET /", "")).await.status(), 502);
+        assert_eq!(deaths.load(Ordering::Relaxed), 1);
+        assert_eq!(proxy.sample(&REPEATED.replace("ENDPOINT", &address.to_string())).await, 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
