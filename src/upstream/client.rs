@@ -246,23 +246,60 @@ struct Multiplexed {
     send: http2::SendRequest<Body>,
     /// How often something was heard over it.
     reads: Arc<AtomicU64>,
-    /// A request has waited in vain and nothing was heard: it takes no more.
-    deaf: Arc<AtomicBool>,
+    silence: Arc<Silence>,
+}
+
+/// How long requests over an HTTP/2 connection have waited in vain since something was last heard over it.
+struct Silence {
+    /// So long that the connection takes no more.
+    deaf: AtomicBool,
+    waits: parking_lot::Mutex<Waits>,
+}
+
+/// Waits that came to nothing: after so many reads, so long in all, up to this moment.
+struct Waits {
+    reads: u64,
+    together: Duration,
+    until: Instant,
+}
+
+impl Silence {
+    fn new() -> Self {
+        let waits = Waits { reads: 0, together: Duration::ZERO, until: Instant::now() };
+        Self { deaf: AtomicBool::new(false), waits: parking_lot::Mutex::new(waits) }
+    }
+
+    /// Adds a wait `since` then, after so many reads.
+    fn add(&self, since: Instant, reads: u64) {
+        let now = Instant::now();
+        let mut waits = self.waits.lock();
+        if waits.reads != reads {
+            *waits = Waits { reads, together: Duration::ZERO, until: since };
+        }
+        // Of those that waited together, each moment once.
+        let alone = now.saturating_duration_since(waits.until.max(since));
+        waits.together += alone;
+        waits.until = now;
+        if waits.together >= DEAF {
+            self.deaf.store(true, Ordering::Relaxed);
+        }
+    }
 }
 
 /// Within this time, the way to the most distant of upstreams and back, a pooled connection shows that it had been closed
 /// before a request was written to it. What ends later ends with the request.
 const AT_ONCE: Duration = Duration::from_millis(500);
 
-/// After this long without an answer, and without any sign of the upstream, a request that is given up takes
-/// its HTTP/2 connection with it, for those to come.
+/// After this long without an answer, and without any sign of the upstream, requests that are given up take their HTTP/2
+/// connection with them, for those to come.
 const DEAF: Duration = Duration::from_secs(1);
 
 /// A request over HTTP/2 that waits for its answer.
 ///
 /// A peer that vanished without a word is not seen for as long as TCP tries again, a quarter of an hour, and all
-/// requests would go the same way. A connection where one waited in vain is therefore left to the streams that
-/// it has. PINGs would tell more, but servers of gRPC take them amiss.
+/// requests would go the same way. A connection where requests waited in vain, one for [`DEAF`] or several that are
+/// given up sooner for as long in all, is therefore left to the streams that it has. PINGs would tell more, but
+/// servers of gRPC take them amiss.
 struct Waiting {
     on: Multiplexed,
     since: Instant,
@@ -277,8 +314,8 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if self.on.reads.load(Ordering::Relaxed) == self.reads && self.since.elapsed() >= DEAF {
-            self.on.deaf.store(true, Ordering::Relaxed);
+        if self.on.reads.load(Ordering::Relaxed) == self.reads {
+            self.on.silence.add(self.since, self.reads);
         }
     }
 }
@@ -551,7 +588,7 @@ impl Client {
         let mut shared = self.endpoint.shared.lock().await;
         if let Some((connection, _)) = &*shared
             && !connection.send.is_closed()
-            && !connection.deaf.load(Ordering::Relaxed)
+            && !connection.silence.deaf.load(Ordering::Relaxed)
         {
             return Ok(connection.clone());
         }
@@ -571,7 +608,7 @@ impl Client {
                 tracing::debug!(endpoint = %name, error = chain(&error), "upstream connection broke");
             }
         });
-        let connection = Multiplexed { send, reads, deaf: Arc::default() };
+        let connection = Multiplexed { send, reads, silence: Arc::new(Silence::new()) };
         // The streams of the one before go on without its task.
         *shared = Some((connection.clone(), task));
         Ok(connection)
@@ -994,6 +1031,26 @@ mod tests {
         let failed = timeout(Duration::from_secs(5), connection.exchange(request)).await.expect("no hang");
         assert!(failed.unwrap_err().take_message().is_some(), "nothing of it was sent");
         assert!(!poll_fn(|cx| Poll::Ready(connection.poll_usable(cx))).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_in_vain_add_up_until_something_is_heard() {
+        let (silence, ms) = (Silence::new(), Duration::from_millis);
+        let deaf = || silence.deaf.load(Ordering::Relaxed);
+        let wait = async |reads| {
+            let since = Instant::now();
+            tokio::time::advance(ms(400)).await;
+            silence.add(since, reads);
+            // Another that waited beside it.
+            silence.add(since + ms(100), reads);
+        };
+        for reads in [0, 0, 7, 7] {
+            tokio::time::advance(ms(60_000)).await;
+            wait(reads).await;
+            assert!(!deaf());
+        }
+        wait(7).await;
+        assert!(deaf());
     }
 
     #[tokio::test(start_paused = true)]

@@ -478,6 +478,30 @@ defaults: { timeouts: { first_byte: 1100ms } }";
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_http2_connection_that_has_gone_silent_is_left_however_soon_requests_are_given_up() {
+    let backend = Backend::start().await;
+    let yaml = "upstreams: { api: { endpoints: [\"UPSTREAM\"], protocol: http2 } }
+defaults: { timeouts: { first_byte: 400ms } }";
+    let proxy = Proxy::before(&backend.url(), yaml).await;
+    let get = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    let mut client = proxy.connect().await;
+    for _ in 0..3 {
+        client.send(get).await;
+        assert_eq!(client.answer().await.status(), 504);
+    }
+    let _silent = backend.accept().await;
+    let answering = async {
+        let mut upstream = RawHttp2::serving(backend.accept().await).await;
+        assert_eq!(upstream.frame().await.kind, HEADERS);
+        upstream.send(HEADERS, 5, 1, &[0x89]).await;
+        upstream
+    };
+    client.send(get).await;
+    let (answer, _upstream) = tokio::join!(client.answer(), answering);
+    assert_eq!(answer.status(), 204);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_refusal_of_an_upload_arrives_although_the_backend_closes_on_it() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), "").await;
