@@ -405,6 +405,11 @@ impl Client {
         timeout(self.connect, self.endpoint.connector.connect()).await?.map(drop)
     }
 
+    /// Lets go of the HTTP/2 connection, so that the next request opens one of its own. (HTTP/1.1 has `pool` for that.)
+    pub(super) async fn disconnect(&self) {
+        self.endpoint.shared.lock().await.take();
+    }
+
     /// The same client, which gives up connecting after `connect`. Default 5 s.
     #[must_use]
     pub fn with_connect_timeout(mut self, connect: Duration) -> Self {

@@ -460,7 +460,11 @@ impl Checker {
                 }
             }
         });
-        checked.await.unwrap_or_else(|_| Err(format!("no answer within {}", self.active.timeout)))
+        let checked = checked.await;
+        // Not kept for the next check: who takes no more connections is not well, and one that hangs tells nothing of
+        // others.
+        self.client.disconnect().await;
+        checked.unwrap_or_else(|_| Err(format!("no answer within {}", self.active.timeout)))
     }
 }
 

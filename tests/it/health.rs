@@ -8,7 +8,12 @@ use std::sync::{
 use serde_json::{Value, json};
 use tokio::{net::TcpListener, task::JoinSet};
 
-use crate::harness::{Backend, Proxy, Wire, backend::Recorder, eventually};
+use crate::harness::{
+    Backend, Proxy, Wire,
+    backend::Recorder,
+    client::{HEADERS, RawHttp2},
+    eventually,
+};
 
 const GET: &str = "GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n";
 
@@ -236,4 +241,22 @@ async fn a_reload_keeps_health_and_a_check_that_is_gone_keeps_nobody_out() {
     proxy.rewrite(&file(&[&ill.url, &well.url()], "passive: {}", ""));
     assert_eq!(proxy.admin_post("/reload").await.status(), 200);
     assert_eq!(health(&proxy, ill.name()).await["health"], "up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_check_is_over_a_connection_of_its_own_with_http2_too() {
+    let backend = Backend::start().await;
+    let yaml = "upstreams: { api: { endpoints: [UPSTREAM], protocol: http2, balance: { panic_threshold: 0 }, health: { \
+                active: { interval: 100ms, jitter: 0s, timeout: 300ms, healthy: 1, unhealthy: 1 } } } }";
+    let proxy = Proxy::before(&backend.url(), yaml).await;
+    let endpoint = backend.address().to_string();
+    // It hangs; those that follow do not.
+    let _hangs = backend.accept().await;
+    is(&proxy, &endpoint, "down").await;
+    for _ in 0..3 {
+        let mut check = RawHttp2::serving(backend.accept().await).await;
+        assert_eq!(check.frame().await.kind, HEADERS);
+        check.send(HEADERS, 5, 1, &[0x88]).await;
+    }
+    is(&proxy, &endpoint, "up").await;
 }
