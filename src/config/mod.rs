@@ -3,6 +3,7 @@
 
 pub mod failure;
 pub mod fields;
+pub mod file;
 pub mod load;
 pub mod networks;
 pub mod problem;

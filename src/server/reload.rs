@@ -1,9 +1,9 @@
 //! A new configuration without a restart.
 //!
-//! Asked for by SIGHUP, by a file whose content changed (that of the configuration, or one that it names), or by `POST /reload`. The whole configuration is read,
-//! checked and built first; only then it takes effect, in one step, for every request that arrives from then on. One
-//! that is wrong anywhere changes nothing, and what was made for it goes again: it is logged with all its problems,
-//! counted, and told of by `/health`.
+//! Asked for by SIGHUP, by a file whose content changed (that of the configuration, or one that it names: of keys,
+//! secrets, or certificates to trust), or by `POST /reload`. The whole configuration is read, checked and built first;
+//! only then it takes effect, in one step, for every request that arrives from then on. One that is wrong anywhere
+//! changes nothing: it is logged with all its problems, counted, and told of by `/health`.
 //!
 //! What a running process cannot change is refused by name, so that no file seems to be in force that is not:
 //! see [`RESTART`].

@@ -181,7 +181,12 @@ impl Settings {
     #[must_use]
     pub fn files(&self) -> BTreeSet<PathBuf> {
         let auths = self.routes.iter().filter_map(|route| route.auth.as_ref()).chain([&self.defaults.auth]);
-        auths.filter_map(Toggle::as_ref).flat_map(auth::Config::files).map(Path::to_owned).collect()
+        let auths = auths.filter_map(Toggle::as_ref).flat_map(auth::Config::files);
+        let fallbacks = self.routes.iter().filter_map(|route| route.fallback.as_ref()).chain([&self.defaults.fallback]);
+        let fallbacks = fallbacks.filter_map(Toggle::as_ref).flat_map(fallback::Config::files);
+        let redis = self.redis.iter().filter(|redis| redis.enabled).flat_map(store::Config::files);
+        let upstreams = self.upstreams.values().flat_map(Upstream::files);
+        auths.chain(fallbacks).chain(redis).chain(upstreams).map(Path::to_owned).collect()
     }
 
     /// How many threads serve.
@@ -224,10 +229,17 @@ impl Settings {
         generator.into_root_schema_for::<Self>()
     }
 
-    /// A file without routes has one, to its only upstream.
+    /// A file without routes has one, to its only upstream. And what the files say that it names is noted.
     fn complete(&mut self) {
         if let (true, [only]) = (self.routes.is_empty(), &*self.upstreams.keys().collect::<Vec<_>>()) {
             self.routes.push(Route::to(only));
+        }
+        self.upstreams.values_mut().for_each(Upstream::note_files);
+        let auths = self.routes.iter_mut().filter_map(|route| route.auth.as_mut()).chain([&mut self.defaults.auth]);
+        for auth in auths {
+            if let Toggle::On(auth) = auth {
+                auth.note_files();
+            }
         }
     }
 

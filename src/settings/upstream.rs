@@ -1,10 +1,12 @@
 //! An upstream: where its endpoints are, how they are spoken to, and what is done for them. An entry of `upstreams`.
 
+use std::path::Path;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Check, OneOrMany, Problems},
+    config::{Check, OneOrMany, Problems, Toggle, file::Content},
     layers::{circuit_breaker, concurrency},
     upstream::{
         balance,
@@ -70,6 +72,22 @@ impl Upstream {
     pub fn is_balanced(&self) -> bool {
         let endpoints = self.endpoints.as_ref().map_or(0, |endpoints| endpoints.0.len());
         endpoints > 1 || endpoints == 1 && (self.balance.is_some() || self.health.is_some())
+    }
+
+    /// The files that it is made of, which are to be watched.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let checks = self.health.iter().filter_map(|health| health.active.as_ref());
+        self.tls.iter().filter_map(|tls| tls.ca.as_deref()).chain(checks.flat_map(health::Active::files))
+    }
+
+    /// Notes what its files say: its clients and checks are kept as long as they say the same.
+    pub(super) fn note_files(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.content = Content::of(tls.ca.as_deref());
+        }
+        if let Some(health::Config { active: Toggle::On(active), .. }) = &mut self.health {
+            active.content = Content::of(active.files());
+        }
     }
 
     /// Writes its defaults out.

@@ -1,6 +1,11 @@
 //! How Redis is reached. Section `redis` of the file.
 
-use std::{fmt, fs, path::PathBuf, str::FromStr, time::Duration};
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
 
 use ::redis::{
     ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, RedisConnectionInfo, TlsCertificates,
@@ -312,6 +317,12 @@ impl Config {
         if self.cluster && self.database.or(first.database).is_some_and(|database| database != 0) {
             problems.add("database", "is not 0: a cluster has no other");
         }
+    }
+
+    /// The files that it is made of, which are to be watched.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let passwords = self.password.iter().chain(self.sentinel.iter().flat_map(|sentinel| &sentinel.password));
+        self.ca.as_deref().into_iter().chain(passwords.filter_map(Secret::path))
     }
 
     fn certificates(&self) -> Result<Option<Vec<u8>>, String> {

@@ -65,6 +65,7 @@ use super::{
 use crate::{
     config::{
         HumanDuration, Toggle,
+        file::Content,
         problem::{Check, Problems, check_readable},
     },
     message::{Body, BoxError, Error, Kind, Request, TunnelIdle, headers::X_ACCEL_BUFFERING},
@@ -157,6 +158,9 @@ pub struct Tls {
     /// A PEM file with the certificates to trust. Default: the system's roots.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ca: Option<std::path::PathBuf>,
+    /// What it says.
+    #[serde(skip)]
+    pub content: Content,
 }
 
 impl Check for Tls {
@@ -1067,7 +1071,8 @@ mod tests {
         let ca = folder.path().join("ca.pem");
         let certificate = rcgen::generate_simple_self_signed(["a".to_owned()]).unwrap();
         std::fs::write(&ca, certificate.cert.pem()).unwrap();
-        let config = Config { protocol: Protocol::Http2, tls: Tls { ca: Some(ca) }, ..Config::default() };
+        let config =
+            Config { protocol: Protocol::Http2, tls: Tls { ca: Some(ca), ..Tls::default() }, ..Config::default() };
         let client = Client::new("api", &address, &config, &Metrics::default()).unwrap();
         let begun = Instant::now();
         let ask = || client.clone().oneshot(http::Request::get("/").body(Body::empty()).unwrap());

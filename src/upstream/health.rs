@@ -8,7 +8,8 @@
 //! circuit breaker and no access log, and is in no count of requests.
 
 use std::{
-    borrow::Cow, collections::BTreeMap, fmt, num::NonZeroU32, ops::RangeInclusive, str::FromStr, time::Duration,
+    borrow::Cow, collections::BTreeMap, fmt, num::NonZeroU32, ops::RangeInclusive, path::Path, str::FromStr,
+    time::Duration,
 };
 
 use http::{
@@ -25,6 +26,7 @@ use super::{Client, client};
 use crate::{
     config::{
         fields::{self, FieldName, FieldValue},
+        file::Content,
         problem::{Check, Problems},
         units::{HumanDuration, OneOrMany, Secret, Toggle},
     },
@@ -77,6 +79,9 @@ pub struct Active {
     /// More header fields of `http`, each `{env: NAME}`, `{file: PATH}` or text.
     #[serde(serialize_with = "fields::shown")]
     pub headers: BTreeMap<FieldName, Secret>,
+    /// What the files say that these are in.
+    #[serde(skip)]
+    pub content: Content,
 }
 
 impl Default for Active {
@@ -93,7 +98,15 @@ impl Default for Active {
             unhealthy: count(3),
             host: None,
             headers: BTreeMap::new(),
+            content: Content::default(),
         }
+    }
+}
+
+impl Active {
+    /// The files that it is made of.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.headers.values().filter_map(Secret::path)
     }
 }
 

@@ -335,13 +335,14 @@ async fn a_password_is_changed_by_a_reload_and_shown_nowhere() {
     let with_file = file(&format!("{{ url: \"{}\", password: {{ file: password }} }}", server.url()));
     proxy.rewrite(&with_file);
     proxy.signal(rustix::process::Signal::HUP);
-    eventually("the reload", async || proxy.sample("sidegate_reloads_total").await == 1).await;
+    eventually("the reload", async || proxy.sample("sidegate_reloads_total").await >= 1).await;
     std::fs::write(proxy.path("password"), "right-hush").unwrap();
     proxy.signal(rustix::process::Signal::HUP);
     status(&proxy, "up").await;
     // The same again keeps the connection.
+    let before = proxy.sample("sidegate_reloads_total").await;
     proxy.signal(rustix::process::Signal::HUP);
-    eventually("the reload", async || proxy.sample("sidegate_reloads_total").await == 3).await;
+    eventually("the reload", async || proxy.sample("sidegate_reloads_total").await > before).await;
     assert_eq!(proxy.sample("sidegate_redis_connects_total").await, 1);
 
     let seen =

@@ -536,6 +536,33 @@ async fn an_https_upstream_is_believed_by_its_ca_file_and_by_nothing_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_renewed_ca_file_of_an_upstream_is_believed_by_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let (before, after) = (certificate(), certificate());
+    before.write(directory.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let ca = directory.path().join("certificate.pem");
+    let upstreams = format!(
+        "upstreams: {{ api: {{ endpoints: [\"https://localhost:{port}\"], tls: {{ ca: {} }} }} }}",
+        ca.display()
+    );
+    let proxy = Proxy::start(&upstreams).await;
+    let mut client = proxy.connect().await;
+    client.send(GET).await;
+    assert!(accept_tls(&listener, &after, &[]).await.is_err(), "not yet");
+    assert_eq!(client.answer().await.status(), 502);
+
+    after.write(directory.path());
+    proxy.line("reloaded").await;
+    client.send(GET).await;
+    let mut upstream = Wire::new(accept_tls(&listener, &after, &[]).await.unwrap());
+    upstream.head().await;
+    upstream.send(OK).await;
+    assert_eq!(client.answer().await.text(), "ok");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn http2_to_an_https_upstream_is_agreed_on_in_the_handshake() {
     let directory = tempfile::tempdir().unwrap();
     let certificate = certificate();

@@ -28,7 +28,7 @@ use tracing::{info, warn};
 
 use super::jwk::KeySet;
 use crate::{
-    config::{Check, HumanDuration, Problems},
+    config::{Check, HumanDuration, Problems, file::Content},
     message::{Body, BoxError, Request},
     telemetry::{Metrics, log::chain},
     upstream::{
@@ -67,6 +67,9 @@ pub struct Config {
     /// The certificates that the URL's server is believed by, in PEM. Default: the system's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
+    /// What `ca` says.
+    #[serde(skip)]
+    pub content: Content,
 }
 
 fn default_refresh() -> HumanDuration {
@@ -143,6 +146,7 @@ impl Config {
             timeout: default_timeout(),
             max_age: default_max_age(),
             ca: None,
+            content: Content::default(),
         }
     }
 }
@@ -198,7 +202,7 @@ impl Remote {
         let (address, uri) = place(url)?;
         let settings = client::Config {
             host: Some(Host::Endpoint),
-            tls: client::Tls { ca: config.ca.clone() },
+            tls: client::Tls { ca: config.ca.clone(), content: config.content },
             ..client::Config::default()
         };
         let client = Client::new("jwks", &address, &settings, metrics)?.with_connect_timeout(config.timeout.get());

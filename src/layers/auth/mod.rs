@@ -80,7 +80,7 @@ use self::{
     jwt::Verifier,
 };
 use crate::{
-    config::{Check, Problems, Rate, Toggle, fields::FieldName},
+    config::{Check, Problems, Rate, Toggle, fields::FieldName, file::Content},
     message::{BoxError, Error, Kind, Net, Principal, headers::remove_alike},
     telemetry::{Exchange, Metrics, exchange, metrics::AuthMetrics},
 };
@@ -237,10 +237,16 @@ impl Config {
         let keys = self.api_keys.iter().map(|keys| &*keys.file);
         let of_jwt = self.jwt.iter().flat_map(|jwt| {
             let key = jwt.key.as_ref().and_then(|key| key.path());
-            let set = jwt.jwks.as_ref().and_then(|jwks| jwks.file.as_deref());
+            let set = jwt.jwks.iter().flat_map(|jwks| jwks.file.iter().chain(&jwks.ca)).map(|path| &**path);
             key.into_iter().chain(set)
         });
         keys.chain(of_jwt)
+    }
+
+    /// Notes what those of its files say that are not read anew with each configuration.
+    pub fn note_files(&mut self) {
+        let sets = self.jwt.iter_mut().filter_map(|jwt| jwt.jwks.as_mut());
+        sets.for_each(|jwks| jwks.content = Content::of(jwks.ca.as_deref()));
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the file says of fallbacks.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+use std::{borrow::Cow, collections::BTreeMap, fmt, path::Path};
 
 use http::{
     HeaderName, HeaderValue,
@@ -103,6 +103,14 @@ pub struct Entry {
     /// `+json`, not compressed, within `replay`) does not come here; one without a body does.
     #[serde(default, skip_serializing_if = "Map::is_empty")]
     pub json: Map<String, Value>,
+}
+
+impl Config {
+    /// The files that it is made of, which are to be watched.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        let headers = self.to.iter().map(|entry| &entry.headers);
+        headers.flat_map(|headers| headers.bearer.iter().chain(headers.set.values())).filter_map(Secret::path)
+    }
 }
 
 impl Entry {
