@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-/// The most of a file that is read to know it again.
+/// The largest file that is read: a thousand times what a bundle of certificates takes.
 const MOST: u64 = 16 << 20;
 
 /// Opens a file to read it. What is no regular file is refused: to open a FIFO is to wait for whoever writes to it.
@@ -23,6 +23,16 @@ pub fn open(path: &Path) -> io::Result<File> {
     Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"))
 }
 
+/// Reads a file of at most 16 MiB.
+///
+/// # Errors
+/// As [`open`], or it cannot be read, or is larger.
+pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let size = open(path)?.take(MOST + 1).read_to_end(&mut text)?;
+    if size as u64 > MOST { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(text) }
+}
+
 /// What files say, to be compared: a configuration whose files say something else is another one.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Content(Option<u64>);
@@ -32,9 +42,7 @@ impl Content {
     pub fn of<'a>(files: impl IntoIterator<Item = &'a Path>) -> Self {
         let mut hasher = None;
         for path in files {
-            let mut text = Vec::new();
-            let read = open(path).and_then(|file| file.take(MOST).read_to_end(&mut text));
-            read.is_ok().then_some(text).hash(hasher.get_or_insert_with(DefaultHasher::new));
+            read(path).ok().hash(hasher.get_or_insert_with(DefaultHasher::new));
         }
         Self(hasher.map(|hasher| hasher.finish()))
     }

@@ -2,7 +2,9 @@
 //!
 //! Who starts a proxy wants to hear of all mistakes at once, each with its key and what would be right.
 
-use std::{error::Error, fmt, fs::File, io::Read, path::Path};
+use std::{error::Error, fmt, io::Read, path::Path};
+
+use super::file;
 
 /// One mistake.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,7 +128,7 @@ impl Error for Problems {}
 /// Returns whether it can.
 pub fn check_readable(key: &str, path: &Path, problems: &mut Problems) -> bool {
     // A directory can be opened, and only then does not read.
-    let read = File::open(path).and_then(|mut file| file.read(&mut [0]));
+    let read = file::open(path).and_then(|mut file| file.read(&mut [0]));
     if let Err(error) = &read {
         problems.add(key, format!("`{}` cannot be read: {error}", path.display()));
     }

@@ -5,7 +5,6 @@
 use std::{
     borrow::Cow,
     env, fmt,
-    fs::File,
     io::Read,
     marker::PhantomData,
     path::{Path, PathBuf},
@@ -22,7 +21,7 @@ use serde::{
     },
 };
 
-use super::{Check, Problems, sections::Sections};
+use super::{Check, Problems, file, sections::Sections};
 
 /// A length of time: a number and its unit (`ms`, `s`, `m`, `h`, `d`), or several of these (`1m30s`).
 ///
@@ -661,7 +660,7 @@ impl Secret {
             Source::File(path) => {
                 let shown = path.display();
                 let mut text = String::new();
-                let read = File::open(path).and_then(|file| file.take(MAX_SECRET + 1).read_to_string(&mut text));
+                let read = file::open(path).and_then(|file| file.take(MAX_SECRET + 1).read_to_string(&mut text));
                 read.map_err(|error| format!("`{shown}` cannot be read: {error}"))?;
                 if text.len() as u64 > MAX_SECRET {
                     return Err(format!("`{shown}` is larger than {}", ByteSize(MAX_SECRET)));

@@ -289,8 +289,17 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
     };
     let (timing, certificates) = (front.timing(), front.certificates());
     let ended = registry.clone();
-    let reloads =
-        Reloads { sources, settings, stack, registry, timing, shutdown: shutdown.clone(), certificates, admin };
+    let reloads = Reloads {
+        sources,
+        settings,
+        stack,
+        registry,
+        timing,
+        shutdown: shutdown.clone(),
+        certificates,
+        admin,
+        reading: None,
+    };
     chores.spawn(reloads.run(asked)?);
 
     match front.run(handler, metrics.process().clone(), shutdown).await {

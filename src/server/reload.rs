@@ -3,16 +3,17 @@
 //! Asked for by SIGHUP, by a file whose content changed (that of the configuration, or one that it names: of keys,
 //! secrets, or certificates to trust), or by `POST /reload`. The whole configuration is read, checked and built first;
 //! only then it takes effect, in one step, for every request that arrives from then on. One that is wrong anywhere
-//! changes nothing: it is logged with all its problems, counted, and told of by `/health`.
+//! changes nothing, and what was made for it goes again: it is logged with all its problems, counted, and told of by
+//! `/health`. Files that do not answer within half a minute are wrong, too.
 //!
 //! What a running process cannot change is refused by name, so that no file seems to be in force that is not:
 //! see [`RESTART`].
 
 use std::{
     collections::BTreeSet,
-    fs::File,
+    future::pending,
     hash::{DefaultHasher, Hash, Hasher},
-    io::{self, Read},
+    io, mem,
     os::unix::fs::MetadataExt,
     path::PathBuf,
     sync::Arc,
@@ -24,8 +25,8 @@ use serde_json::Value;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    task::spawn_blocking,
-    time::{MissedTickBehavior, interval},
+    task::{JoinHandle, spawn_blocking},
+    time::{MissedTickBehavior, interval, timeout},
 };
 use tracing::{error, info, warn};
 
@@ -33,6 +34,7 @@ use super::{Shutdown, Timing, Tls};
 use crate::{
     admin::{self, Admin, Asked},
     config::{
+        file,
         load::{Sources, Tree},
         problem::Problems,
     },
@@ -45,8 +47,10 @@ use crate::{
 /// How often the files are looked at. What has changed is read when it then stays the same for another look, so that a
 /// file is not read while it is being written.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// No file as large as this is a configuration.
-const MAX_FILE: u64 = 16 << 20;
+/// After how many looks that were left out, because an earlier one goes on, the operator is told.
+const MISSED: u32 = 30;
+/// How long a reload may take to read its files.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The sections that a running process cannot change. (Of `log`, `access` can.)
 pub const RESTART: [&str; 5] = ["listen", "admin", "threads", "limits", "log"];
@@ -62,10 +66,13 @@ pub(super) struct Reloads {
     pub(super) shutdown: Shutdown,
     pub(super) certificates: Vec<Arc<Tls>>,
     pub(super) admin: Admin,
+    /// A reading that took too long, and goes on. There is never a second one.
+    pub(super) reading: Option<JoinHandle<Result<Loaded, Problems>>>,
 }
 
 /// A configuration that could take effect.
-struct Loaded {
+#[derive(Debug)]
+pub(super) struct Loaded {
     settings: Settings,
     tree: Tree,
     stack: Stack,
@@ -84,27 +91,43 @@ impl Reloads {
         let mut files = watch(self.files(), Vec::new());
         let mut look = interval(LOOK_EVERY);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // A look that goes on, and for how many more it was too late: nothing else waits for it.
+        let (mut looking, mut missed) = (None, 0);
         loop {
-            tokio::select! {
+            let reloaded = tokio::select! {
                 Some(()) = hangup.recv() => {
                     self.registry.log().reopen();
                     // The outcome is logged.
                     drop(self.reload("SIGHUP").await);
-                    files = watch(self.files(), files);
+                    true
                 }
                 Some(done) = asked.recv() => {
                     // Who asked may have left.
                     drop(done.send(self.reload("POST /reload").await));
-                    files = watch(self.files(), files);
+                    true
                 }
-                _ = look.tick() => {
-                    let (watched, changed) = look_at(files).await;
-                    files = watched;
+                (watched, changed) = end_of(&mut looking) => {
+                    (files, looking) = (watched, None);
                     if changed {
                         drop(self.reload("the file changed").await);
-                        files = watch(self.files(), files);
                     }
+                    changed
                 }
+                _ = look.tick() => {
+                    if looking.is_none() {
+                        (looking, missed) = (Some(look_at(self.files(), mem::take(&mut files))), 0);
+                    } else {
+                        missed += 1;
+                        if missed == MISSED {
+                            warn!("the files of the configuration do not answer, changes are not seen");
+                        }
+                    }
+                    false
+                }
+            };
+            if reloaded {
+                // Files that are new are looked at at once.
+                look.reset_immediately();
             }
         }
     }
@@ -114,22 +137,43 @@ impl Reloads {
         self.sources.file.iter().cloned().chain(self.settings.files()).collect()
     }
 
-    /// Reads, checks, builds, and swaps. Answers with the number of the new configuration.
-    async fn reload(&mut self, why: &'static str) -> Result<u64, Problems> {
+    /// Reads, checks and builds, on a thread that may wait, though not for ever: a file system may be one that does not
+    /// answer any more.
+    async fn read(&mut self) -> Result<Loaded, Problems> {
+        let late = || {
+            let mut problems = Problems::default();
+            let seconds = PATIENCE.as_secs();
+            problems.add("", format!("was not read within {seconds} s: does the file system of all its files answer?"));
+            problems
+        };
+        if let Some(earlier) = &mut self.reading {
+            // What it comes to is too old by now.
+            drop(timeout(PATIENCE, earlier).await.map_err(|_| late())?);
+            self.reading = None;
+        }
         let (sources, registry) = (self.sources.clone(), self.registry.clone());
         let (current, certificates) = (self.settings.clone(), self.certificates.clone());
-        let loaded = spawn_blocking(move || {
+        let mut reading = spawn_blocking(move || {
             for tls in &certificates {
                 tls.look();
             }
             load(&sources, &current, &registry)
         });
-        let loaded = loaded.await.unwrap_or_else(|error| {
+        let Ok(loaded) = timeout(PATIENCE, &mut reading).await else {
+            self.reading = Some(reading);
+            return Err(late());
+        };
+        loaded.unwrap_or_else(|error| {
             error!(%error, "the reload panicked");
             let mut problems = Problems::default();
             problems.add("", "could not be read: a bug of sidegate's, see the log");
             Err(problems)
-        });
+        })
+    }
+
+    /// Reads, checks, builds, and swaps. Answers with the number of the new configuration.
+    async fn reload(&mut self, why: &'static str) -> Result<u64, Problems> {
+        let loaded = self.read().await;
         let process = self.registry.metrics().process();
         match loaded {
             Ok(loaded) => {
@@ -180,8 +224,14 @@ pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
 }
 
 fn load(sources: &Sources, current: &Settings, registry: &Registry) -> Result<Loaded, Problems> {
-    let (settings, tree) = Settings::load(sources)?;
     let mut problems = Problems::default();
+    if let Some(path) = &sources.file
+        && let Err(error) = file::open(path)
+    {
+        problems.add("", format!("{}: cannot be read: {error}", path.display()));
+        return Err(problems);
+    }
+    let (settings, tree) = Settings::load(sources)?;
     for key in needs_restart(current, &settings) {
         problems.add(key, "cannot change without a restart: put it back, or restart sidegate");
     }
@@ -238,17 +288,25 @@ fn watch(paths: BTreeSet<PathBuf>, mut watched: Vec<Watched>) -> Vec<Watched> {
     watched
 }
 
-/// Whether any has changed.
-async fn look_at(mut files: Vec<Watched>) -> (Vec<Watched>, bool) {
-    if files.is_empty() {
-        return (files, false);
-    }
-    let looked = spawn_blocking(move || {
+/// What was watched, and whether any of it has changed.
+type Looked = (Vec<Watched>, bool);
+
+/// Looks at the files at `paths`, on a thread that may wait.
+fn look_at(paths: BTreeSet<PathBuf>, files: Vec<Watched>) -> JoinHandle<Looked> {
+    spawn_blocking(move || {
+        let mut files = watch(paths, files);
         // Each of them is looked at.
         let changed = files.iter_mut().filter_map(|file| file.has_changed().then_some(())).count();
         (files, changed > 0)
-    });
-    looked.await.unwrap_or_default()
+    })
+}
+
+/// Waits for the end of a look, if there is one.
+async fn end_of(looking: &mut Option<JoinHandle<Looked>>) -> Looked {
+    match looking {
+        Some(looking) => looking.await.unwrap_or_default(),
+        None => pending().await,
+    }
 }
 
 impl Watched {
@@ -286,10 +344,7 @@ impl Watched {
     }
 
     fn content(&self) -> Content {
-        let mut text = Vec::new();
-        if File::open(&self.path).and_then(|file| file.take(MAX_FILE).read_to_end(&mut text)).is_err() {
-            return Content::Unreadable;
-        }
+        let Ok(text) = file::read(&self.path) else { return Content::Unreadable };
         let mut hasher = DefaultHasher::new();
         text.hash(&mut hasher);
         Content::Of(hasher.finish())
@@ -334,7 +389,11 @@ mod tests {
         tell(&admin, &settings, &tree);
         let (timing, certificates) = (Arc::default(), Vec::new());
         let sources = Arc::new(sources);
-        (Reloads { sources, settings, stack, registry, timing, shutdown, certificates, admin }, asked, guard)
+        (
+            Reloads { sources, settings, stack, registry, timing, shutdown, certificates, admin, reading: None },
+            asked,
+            guard,
+        )
     }
 
     fn folder(text: &str) -> (tempfile::TempDir, PathBuf) {
@@ -373,6 +432,23 @@ mod tests {
         fs::write(&file, FILE).unwrap();
         assert_eq!(reloads.reload("test").await.unwrap(), 3);
         assert!(reloads.admin.configuration().refused.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn files_that_do_not_answer_are_not_waited_for_for_ever() {
+        let (_folder, file) = folder(FILE);
+        let (mut reloads, _asked, _guard) = reloads(&file);
+        let reading = tokio::spawn(pending());
+        let end = reading.abort_handle();
+        reloads.reading = Some(reading);
+        let begun = tokio::time::Instant::now();
+        for times in 1..=2 {
+            let problems = reloads.reload("test").await.unwrap_err().to_string();
+            assert!(problems.starts_with("was not read within 30 s"), "{problems}");
+            assert_eq!(begun.elapsed(), PATIENCE * times);
+        }
+        end.abort();
+        assert_eq!(reloads.reload("test").await.unwrap(), 2, "it goes on when they do");
     }
 
     #[tokio::test]

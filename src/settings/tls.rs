@@ -4,7 +4,7 @@
 //! whose certificate would fail.
 
 use std::{
-    fmt, fs,
+    fmt,
     hash::{DefaultHasher, Hash, Hasher},
     path::{Path, PathBuf},
     sync::Arc,
@@ -20,7 +20,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::problem::{Check, Problems, check_readable},
+    config::{
+        file,
+        problem::{Check, Problems, check_readable},
+    },
     message::BoxError,
 };
 
@@ -81,7 +84,7 @@ pub(crate) struct Pems {
 impl Pems {
     pub(crate) fn read(files: &Config) -> Result<Self, Unusable> {
         let read = |what, file: &Path| {
-            fs::read(file).map_err(|source| Unusable { what, file: file.to_owned(), source: source.into() })
+            file::read(file).map_err(|source| Unusable { what, file: file.to_owned(), source: source.into() })
         };
         Ok(Self {
             certificate: read("cannot read the certificate", &files.certificate)?,

@@ -1,7 +1,7 @@
 //! How Redis is reached. Section `redis` of the file.
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -14,7 +14,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use super::{MAX_PREFIX, breaker};
-use crate::config::{Check, HumanDuration, OneOrMany, Problems, Secret, problem::check_readable};
+use crate::config::{Check, HumanDuration, OneOrMany, Problems, Secret, file, problem::check_readable};
 
 /// Redis or Valkey, which all replicas of sidegate share. Section `redis`. Without it, and while it is out of order,
 /// each replica keeps what it knows in memory. By itself the section only connects, pings and reports: policies use it.
@@ -330,7 +330,7 @@ impl Config {
 
         let Some(ca) = &self.ca else { return Ok(None) };
         let shown = ca.display();
-        let pem = fs::read(ca).map_err(|error| format!("`{shown}` cannot be read: {error}"))?;
+        let pem = file::read(ca).map_err(|error| format!("`{shown}` cannot be read: {error}"))?;
         let found = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>();
         match found {
             Ok(found) if !found.is_empty() => Ok(Some(pem)),

@@ -185,6 +185,29 @@ async fn what_needs_a_restart_is_refused_by_name() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_nobody_writes_to_is_refused_and_stops_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let keys = directory.path().join("keys");
+    std::fs::write(&keys, "").unwrap();
+    let file = format!("{}\ndefaults: {{ auth: {{ api_keys: {{ file: {} }} }} }}", saying("before"), keys.display());
+    let proxy = Proxy::start(&file).await;
+    assert_eq!(proxy.get("/").await.status(), 401);
+
+    let pipe = directory.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    std::fs::rename(&pipe, &keys).unwrap();
+    let answer = proxy.admin_post("/reload").await;
+    assert_eq!(answer.status(), 409, "{}", answer.text());
+    assert!(answer.text().contains("it is no regular file"), "{}", answer.text());
+    proxy.line_where("reload refused, nothing has changed", |line| line["why"] == "the file changed").await;
+
+    proxy.rewrite(&saying("after"));
+    let line = proxy.line("reloaded").await;
+    assert_eq!(line["why"], "the file changed", "{line}");
+    assert_eq!(proxy.get("/").await.text(), "after");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_file_that_is_gone_changes_nothing() {
     let proxy = Proxy::start(&saying("before")).await;
     std::fs::remove_file(proxy.path("sidegate.yaml")).unwrap();

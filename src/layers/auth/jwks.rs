@@ -6,7 +6,6 @@
 //! last good set holds for `max_age`; without one, tokens are answered with 503. Nobody is let in unverified.
 
 use std::{
-    fs::File,
     future::poll_fn,
     io::Read,
     path::{Path, PathBuf},
@@ -28,7 +27,10 @@ use tracing::{info, warn};
 
 use super::jwk::KeySet;
 use crate::{
-    config::{Check, HumanDuration, Problems, file::Content},
+    config::{
+        Check, HumanDuration, Problems,
+        file::{self, Content},
+    },
     message::{Body, BoxError, Request},
     telemetry::{Metrics, log::chain},
     upstream::{
@@ -154,7 +156,7 @@ impl Config {
 /// Reads a file.
 pub(super) fn read(path: &Path) -> Result<KeySet, String> {
     let mut text = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_SET as u64 + 1).read_to_end(&mut text));
+    let read = file::open(path).and_then(|file| file.take(MAX_SET as u64 + 1).read_to_end(&mut text));
     read.map_err(|error| format!("`{}` cannot be read: {error}", path.display()))?;
     if text.len() > MAX_SET {
         return Err(format!("`{}` is larger than 1MiB", path.display()));

@@ -53,7 +53,6 @@ mod recent;
 use std::{
     collections::HashMap,
     fmt,
-    fs::File,
     io::Read,
     mem,
     num::NonZeroU32,
@@ -80,7 +79,11 @@ use self::{
     jwt::Verifier,
 };
 use crate::{
-    config::{Check, Problems, Rate, Toggle, fields::FieldName, file::Content},
+    config::{
+        Check, Problems, Rate, Toggle,
+        fields::FieldName,
+        file::{self, Content},
+    },
     message::{BoxError, Error, Kind, Net, Principal, headers::remove_alike},
     telemetry::{Exchange, Metrics, exchange, metrics::AuthMetrics},
 };
@@ -252,7 +255,7 @@ impl Config {
 
 fn read(path: &Path) -> Result<String, String> {
     let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(api_key::MAX_FILE + 1).read_to_string(&mut text));
+    let read = file::open(path).and_then(|file| file.take(api_key::MAX_FILE + 1).read_to_string(&mut text));
     read.map_err(|error| format!("`{}` cannot be read: {error}", path.display()))?;
     if text.len() as u64 > api_key::MAX_FILE {
         return Err(format!("`{}` is larger than 16MiB", path.display()));
