@@ -8,6 +8,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 
 use super::BoxError;
@@ -45,6 +46,48 @@ impl Body {
             Some(body) => Self(Inner::Boxed(Box::pin(Erased { body }))),
             None => Self::empty(),
         }
+    }
+}
+
+impl Body {
+    /// Lets `strip` take from the trailers what may not go further.
+    #[must_use]
+    pub fn stripping_trailers(self, strip: impl Fn(&mut HeaderMap) + Send + Unpin + 'static) -> Self {
+        // Nothing comes, and so no trailers do.
+        if self.is_end_stream() { self } else { Self::new(Stripping { body: self, strip }) }
+    }
+}
+
+/// A body that loses some of its trailers.
+struct Stripping<F> {
+    body: Body,
+    strip: F,
+}
+
+impl<F: Fn(&mut HeaderMap)> Stripping<F> {
+    fn strip(&self, mut frame: Frame<Bytes>) -> Frame<Bytes> {
+        if let Some(trailers) = frame.trailers_mut() {
+            (self.strip)(trailers);
+        }
+        frame
+    }
+}
+
+impl<F: Fn(&mut HeaderMap) + Unpin> HttpBody for Stripping<F> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(cx);
+        polled.map_ok(|frame| self.strip(frame))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -23,16 +23,33 @@ pub const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 /// Connection-specific, never standardised.
 pub const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
-/// Removes a field that only sidegate may say, in every spelling: CGI and WSGI write dash and underscore the same way,
-/// so that a backend could not tell the client's `x_principal_id` from ours.
+/// Removes a field that only sidegate may say, in every spelling: CGI and WSGI write all that is no letter and no digit
+/// the same way, so that a backend could not tell the client's `x_principal_id` or `x.principal.id` from ours.
 pub fn remove_alike(headers: &mut HeaderMap, own: &HeaderName) {
     headers.remove(own);
     let is_like = |name: &&HeaderName| {
         let (name, own) = (name.as_str().as_bytes(), own.as_str().as_bytes());
-        let fold = |byte: u8| if byte == b'_' { b'-' } else { byte };
+        let fold = |byte: u8| if byte.is_ascii_alphanumeric() { byte } else { b'_' };
         name.len() == own.len() && name.iter().zip(own).all(|(&a, &b)| fold(a) == fold(b))
     };
     while let Some(name) = headers.keys().find(is_like).cloned() {
         headers.remove(name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn what_a_backend_would_read_the_same_way_is_removed() {
+        let names = ["x-session-id", "x_session-id", "x.session~id", "x-session-ids", "xsessionid", "y-session-id"];
+        let mut headers: HeaderMap =
+            names.map(|name| (HeaderName::from_static(name), HeaderValue::from_static("a"))).into_iter().collect();
+        remove_alike(&mut headers, &X_SESSION_ID);
+        let left: std::collections::BTreeSet<_> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(left, ["x-session-ids", "xsessionid", "y-session-id"].into());
     }
 }

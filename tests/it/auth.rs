@@ -77,6 +77,23 @@ async fn the_backend_learns_who_asks_and_sees_no_credential() {
 }
 
 #[tokio::test]
+async fn trailers_name_neither_principals_nor_sessions() {
+    let (key, line) = new_key(&["--id", "alice"]);
+    let (_folder, file) = keys(&[&line]);
+    let backend = Recorder::ok().await;
+    let policies = format!("defaults: {{ auth: {{ api_keys: {{ file: {file} }}, forward: true }}, session: {{}} }}");
+    let proxy = Proxy::before(&backend.url(), &policies).await;
+    let names = "x-principal-id, x.principal_tier, x-api-key, x_api_key, authorization, x-session-id, cookie, x-sum";
+    let fields = format!("x-api-key: {key}\r\ntransfer-encoding: chunked\r\ntrailer: {names}\r\n");
+    let trailers = format!("{names}: Bearer a\r\n").replace(", ", ": Bearer a\r\n");
+    let answer = proxy.ask(format!("{}3\r\nabc\r\n0\r\n{trailers}\r\n", head("POST /", &fields))).await;
+    assert_eq!(answer.status(), 200);
+    let request = backend.only();
+    assert_eq!((request.head.get("x-principal-id"), &*request.text()), (Some("alice"), "abc"));
+    assert_eq!(request.trailers, [("x-sum".to_owned(), "Bearer a".to_owned())]);
+}
+
+#[tokio::test]
 async fn refusals_say_what_would_do_in_every_form_of_error() {
     let (key, alice) = new_key(&["--id", "alice", "--routes", "chat"]);
     let (bob_key, bob) = new_key(&["--id", "bob"]);

@@ -5,7 +5,8 @@
 //! configured, one of them is enough; two different credentials in one request are none, because the backend might
 //! believe the other one. The credential goes no further, unless `forward` says so; who it stood for does, in fields
 //! that no client can set: inbound ones of their names, and those that a CGI-like backend would read the same way, are
-//! removed from every request, anonymous ones too. Upgrades are judged by their handshake; preflights never come here.
+//! removed from every request, anonymous ones too, and from its trailers, as is what would be a credential there.
+//! Upgrades are judged by their handshake; preflights never come here.
 //!
 //! Keys are compared as SHA-256 digests, in constant time, and looked up under a secret of the process: see
 //! [`api_key`]. Tokens: [`jwt`].
@@ -31,13 +32,13 @@
 //! let config = auth::Config { api_keys: Some(auth::ApiKeys::at(file.path())), ..auth::Config::default() };
 //! let service = ServiceBuilder::new()
 //!     .layer(AuthLayer::build(&config, "chat", &auth::State::default(), &Metrics::new()).unwrap())
-//!     .service(service_fn(|request: Request<()>| async move {
+//!     .service(service_fn(|request: Request<Body>| async move {
 //!         assert_eq!(request.headers()["x-principal-id"], "alice");
 //!         Ok::<_, BoxError>(Response::new(Body::empty()))
 //!     }));
-//! let request = Request::builder().header("x-api-key", &new.key).body(()).unwrap();
+//! let request = Request::builder().header("x-api-key", &new.key).body(Body::empty()).unwrap();
 //! assert!(service.clone().oneshot(request).await.is_ok());
-//! let error = service.oneshot(Request::new(())).await.unwrap_err();
+//! let error = service.oneshot(Request::new(Body::empty())).await.unwrap_err();
 //! assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::Unauthorized));
 //! # });
 //! ```
@@ -63,7 +64,10 @@ use std::{
     time::SystemTime,
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Uri, header::WWW_AUTHENTICATE};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Uri,
+    header::{AUTHORIZATION, WWW_AUTHENTICATE},
+};
 use parking_lot::Mutex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -84,7 +88,7 @@ use crate::{
         fields::FieldName,
         file::{self, Content},
     },
-    message::{BoxError, Error, Kind, Net, Principal, headers::remove_alike},
+    message::{BoxError, Error, Kind, Net, Principal, Request, headers::remove_alike},
     telemetry::{Exchange, Metrics, exchange, metrics::AuthMetrics},
 };
 
@@ -397,10 +401,9 @@ pub struct Auth<S> {
     gate: Arc<Gate>,
 }
 
-impl<S, ReqBody> Service<http::Request<ReqBody>> for Auth<S>
+impl<S> Service<Request> for Auth<S>
 where
-    S: Service<http::Request<ReqBody>, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
-    ReqBody: Send + 'static,
+    S: Service<Request, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
 {
     type Response = S::Response;
     type Error = BoxError;
@@ -410,14 +413,16 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
-    fn call(&mut self, request: http::Request<ReqBody>) -> Self::Future {
+    fn call(&mut self, request: Request) -> Self::Future {
         let fresh = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, fresh);
         let gate = self.gate.clone();
         Box::pin(async move {
             let (mut head, body) = request.into_parts();
             gate.pass(&mut head).await?;
-            inner.call(http::Request::from_parts(head, body)).await.map_err(Into::into)
+            // Some backends take trailers for header fields.
+            let body = body.stripping_trailers(move |trailers| gate.strip(trailers));
+            inner.call(Request::from_parts(head, body)).await.map_err(Into::into)
         })
     }
 }
@@ -533,6 +538,14 @@ impl Gate {
     fn remove_principal(&self, headers: &mut HeaderMap) {
         for own in self.id_header.iter().chain(&self.tier_header) {
             remove_alike(headers, own);
+        }
+    }
+
+    /// Removes from trailers what only we may say, and all that may be a credential: nobody has judged it.
+    fn strip(&self, trailers: &mut HeaderMap) {
+        self.remove_principal(trailers);
+        for name in self.places.header.iter().chain(self.places.bearer.then_some(&AUTHORIZATION)) {
+            remove_alike(trailers, name);
         }
     }
 

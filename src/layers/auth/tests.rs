@@ -55,12 +55,12 @@ impl Setup {
 
 /// What the upstream sees.
 async fn ask(layer: &AuthLayer, request: http::request::Builder) -> Answer {
-    let echo = service_fn(|request: http::Request<()>| async move {
+    let echo = service_fn(|request: http::Request<Body>| async move {
         let mut response = http::Response::new(Body::empty());
         response.extensions_mut().insert(request.into_parts().0);
         Ok::<_, BoxError>(response)
     });
-    match layer.layer(echo).oneshot(request.body(()).unwrap()).await {
+    match layer.layer(echo).oneshot(request.body(Body::empty()).unwrap()).await {
         Ok(mut response) => Ok(response.extensions_mut().remove().unwrap()),
         Err(error) => Err(*error.downcast::<Error>().unwrap()),
     }

@@ -19,25 +19,26 @@
 //!   `no-store` of the preset `web` gives way to that. Where the backend does say something, it stands: what is `public`
 //!   belongs on a route without sessions.
 //! - The upstream gets neither cookie nor `header`, unless `forward` says so; the rest of `Cookie` stays byte for byte.
+//!   In trailers it gets neither, nor `x-session-id`.
 //!
 //! Ids are credentials. Redis, the log (`session_id`), the operator's port and the layers inside get their digests; where
 //! any route has sessions, `x-session-id` of clients is not logged.
 //!
 //! ```
 //! use http::{Request, Response};
-//! use sidegate::{layers::session::{self, SessionLayer}, message::{BoxError, Session}, telemetry::Metrics};
+//! use sidegate::{layers::session::{self, SessionLayer}, message::{Body, BoxError, Session}, telemetry::Metrics};
 //! use tower::{ServiceBuilder, ServiceExt, service_fn};
 //!
 //! # tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
 //! let service = ServiceBuilder::new()
 //!     .layer(SessionLayer::new(&session::Config::default(), "chat", &session::State::default(), None, &Metrics::new()))
-//!     .service(service_fn(|request: Request<()>| async move {
+//!     .service(service_fn(|request: Request<Body>| async move {
 //!         assert!(request.headers().contains_key("x-session-id") && !request.headers().contains_key("cookie"));
 //!         Ok::<_, BoxError>(Response::new(request.extensions().get::<Session>().unwrap().id.clone()))
 //!     }));
-//! let first = service.clone().oneshot(Request::new(())).await.unwrap();
+//! let first = service.clone().oneshot(Request::new(Body::empty())).await.unwrap();
 //! let cookie = first.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap();
-//! let request = Request::builder().header("cookie", cookie).body(()).unwrap();
+//! let request = Request::builder().header("cookie", cookie).body(Body::empty()).unwrap();
 //! let second = service.oneshot(request).await.unwrap();
 //! assert!(!second.headers().contains_key("set-cookie"));
 //! assert_eq!(first.body(), second.body());
@@ -73,7 +74,7 @@ use self::{
 use crate::{
     config::{Check, HumanDuration, Problems, Toggle, fields::FieldName},
     message::{
-        BoxError, Connection, Error, Kind, Principal, Session,
+        BoxError, Connection, Error, Kind, Principal, Request, Session,
         headers::{X_SESSION_ID, remove_alike},
     },
     store::Redis,
@@ -189,13 +190,9 @@ pub struct Sessions<S> {
     desk: Arc<Desk>,
 }
 
-impl<S, ReqBody, ResBody> Service<http::Request<ReqBody>> for Sessions<S>
+impl<S, ResBody> Service<Request> for Sessions<S>
 where
-    S: Service<http::Request<ReqBody>, Response = Response<ResBody>, Error: Into<BoxError>, Future: Send>
-        + Clone
-        + Send
-        + 'static,
-    ReqBody: Send + 'static,
+    S: Service<Request, Response = Response<ResBody>, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
 {
     type Response = S::Response;
     type Error = BoxError;
@@ -205,14 +202,16 @@ where
         self.inner.poll_ready(cx).map_err(Into::into)
     }
 
-    fn call(&mut self, request: http::Request<ReqBody>) -> Self::Future {
+    fn call(&mut self, request: Request) -> Self::Future {
         let fresh = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, fresh);
-        let desk = self.desk.clone();
+        let (desk, strip) = (self.desk.clone(), self.desk.clone());
         Box::pin(async move {
             let (mut head, body) = request.into_parts();
             let told = desk.enter(&mut head).await?;
-            match inner.call(http::Request::from_parts(head, body)).await.map_err(Into::into) {
+            // Some backends take trailers for header fields.
+            let body = body.stripping_trailers(move |trailers| strip.strip(trailers));
+            match inner.call(Request::from_parts(head, body)).await.map_err(Into::into) {
                 Ok(mut response) => {
                     tell(response.headers_mut(), told);
                     Ok(response)
@@ -321,6 +320,16 @@ impl Desk {
     fn is_stale(&self, given: Option<u64>, now: u64) -> bool {
         // What was given in the future, by a replica whose clock is ahead, is fresh; by much more, nonsense.
         given.is_none_or(|given| now.abs_diff(given) >= self.ttl.as_secs() / 2)
+    }
+
+    /// Removes from trailers what only we may say, and what may name a session: nobody has looked for it.
+    fn strip(&self, trailers: &mut HeaderMap) {
+        for name in self.upstream_header.iter().chain(&self.header) {
+            remove_alike(trailers, name);
+        }
+        if self.cookie.is_some() {
+            trailers.remove(COOKIE);
+        }
     }
 
     fn pass_on(&self, headers: &mut HeaderMap, id: &Id) {

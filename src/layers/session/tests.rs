@@ -45,7 +45,7 @@ async fn answered(
     request: http::request::Builder,
     fields: &'static [(&'static str, &'static str)],
 ) -> Answer {
-    let echo = service_fn(move |request: http::Request<()>| async move {
+    let echo = service_fn(move |request: http::Request<Body>| async move {
         let mut response = http::Response::new(Body::empty());
         for (name, value) in fields {
             response.headers_mut().append(*name, HeaderValue::from_static(value));
@@ -53,7 +53,7 @@ async fn answered(
         response.extensions_mut().insert(request.into_parts().0);
         Ok::<_, BoxError>(response)
     });
-    let mut response = layer.layer(echo).oneshot(request.body(()).unwrap()).await.unwrap();
+    let mut response = layer.layer(echo).oneshot(request.body(Body::empty()).unwrap()).await.unwrap();
     (response.extensions_mut().remove().unwrap(), response.headers().clone())
 }
 
@@ -201,19 +201,20 @@ async fn an_error_tells_a_new_session_too() {
     let setup = Setup::new();
     let layer = setup.layer(json!({}));
     let fails = || {
-        service_fn(|_: http::Request<()>| async {
+        service_fn(|_: http::Request<Body>| async {
             Err::<http::Response<Body>, BoxError>(
                 Error::from(Kind::Overloaded).with_retry_after(Duration::from_secs(3)).into(),
             )
         })
     };
-    let error = layer.layer(fails()).oneshot(get().body(()).unwrap()).await.unwrap_err();
+    let error = layer.layer(fails()).oneshot(get().body(Body::empty()).unwrap()).await.unwrap_err();
     let error = Error::find(&*error).unwrap();
     assert_eq!((error.kind(), error.retry_after()), (Kind::Overloaded, Some(Duration::from_secs(3))));
     let [(name, cookie)] = error.fields() else { panic!("{:?}", error.fields()) };
     assert_eq!(name, SET_COOKIE);
     let known = cookie.to_str().unwrap().split(';').next().unwrap();
-    let error = layer.layer(fails()).oneshot(get().header("cookie", known).body(()).unwrap()).await.unwrap_err();
+    let error =
+        layer.layer(fails()).oneshot(get().header("cookie", known).body(Body::empty()).unwrap()).await.unwrap_err();
     assert!(Error::find(&*error).unwrap().fields().is_empty());
 }
 
