@@ -13,8 +13,8 @@ use std::{
 };
 
 use http::{
-    HeaderValue, Method, StatusCode, Uri,
-    header::{HOST, USER_AGENT},
+    HeaderName, HeaderValue, Method, StatusCode, Uri,
+    header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, USER_AGENT},
     uri::PathAndQuery,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -30,7 +30,10 @@ use crate::{
         problem::{Check, Problems},
         units::{HumanDuration, OneOrMany, Secret, Toggle},
     },
-    message::{Body, BoxError, Request},
+    message::{
+        Body, BoxError, Request,
+        headers::{KEEP_ALIVE, PROXY_CONNECTION},
+    },
     telemetry::log::chain,
 };
 
@@ -76,7 +79,7 @@ pub struct Active {
     /// What `http` says in `Host`. Default: the endpoint's own name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<FieldValue>,
-    /// More header fields of `http`, each `{env: NAME}`, `{file: PATH}` or text.
+    /// More header fields of `http`, each `{env: NAME}`, `{file: PATH}` or text. None that is about the connection or a body.
     #[serde(serialize_with = "fields::shown")]
     pub headers: BTreeMap<FieldName, Secret>,
     /// What the files say that these are in.
@@ -276,6 +279,9 @@ impl Check for Active {
             problems.add("status", "is empty: no answer would be a success");
         }
         for (name, secret) in &self.headers {
+            if let Some(why) = wrong_field(name.get()) {
+                problems.add(format!("headers.{}", name.get()), why);
+            }
             if let Err(message) = fields::secret_value("", secret) {
                 problems.add(format!("headers.{}", name.get()), message);
             }
@@ -293,6 +299,16 @@ impl Check for Active {
             }
         }
     }
+}
+
+/// Why a check cannot have this field.
+fn wrong_field(name: &HeaderName) -> Option<&'static str> {
+    if *name == HOST {
+        return Some("is the key `host` beside `headers`: set that");
+    }
+    let of_connection =
+        [CONNECTION, CONTENT_LENGTH, EXPECT, KEEP_ALIVE, PROXY_CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
+    of_connection.contains(name).then_some("is about the connection or a body: a check has neither to say of")
 }
 
 impl Check for Passive {
