@@ -63,7 +63,8 @@ pub struct Config {
     /// How long an answer may take, and how long a request waits for keys. 100ms to 30s; default `5s`.
     #[serde(default = "default_timeout")]
     pub timeout: HumanDuration,
-    /// How long the last good set holds while the URL cannot be fetched. Not below `refresh`; default `1d`.
+    /// How long the last good set holds while the URL cannot be fetched. At least `refresh`, `timeout` and 30s together, for
+    /// it must hold while the next one is fetched; default `1d`.
     #[serde(default = "default_max_age")]
     pub max_age: HumanDuration,
     /// The certificates that the URL's server is believed by, in PEM. Default: the system's.
@@ -128,8 +129,11 @@ impl Check for Config {
                 if !(HumanDuration::from_millis(100)..=HumanDuration::from_secs(30)).contains(&self.timeout) {
                     problems.add("timeout", format!("is {}: must be from 100ms to 30s", self.timeout));
                 }
-                if self.max_age < self.refresh {
-                    problems.add("max_age", format!("must be at least `refresh` ({})", self.refresh));
+                let least = self.refresh.get() + self.timeout.get() + COOLDOWN;
+                if self.max_age.get() < least {
+                    let least = least.as_secs_f64();
+                    problems
+                        .add("max_age", format!("must be at least `refresh`, `timeout` and 30s together ({least}s)"));
                 }
                 if let Some(ca) = &self.ca {
                     crate::config::problem::check_readable("ca", ca, problems);
