@@ -38,6 +38,8 @@ const PREFIX: &str = "SIDEGATE_";
 const LEVEL: &str = "__";
 /// The largest file that is read: a thousand times what a file of many routes takes.
 const MAX_FILE: u64 = 16 << 20;
+/// How deep a variable may nest, by its name or by the brackets in its value: both are read level by level on the stack.
+const MAX_DEPTH: usize = 32;
 /// How many mistakes are looked for: each costs another reading.
 const MAX_MISTAKES: usize = 100;
 
@@ -139,7 +141,14 @@ impl Sources {
             }
         }
         let mut figment = figment?;
-        let mut variables: Vec<_> = self.environment.iter().filter_map(|(name, value)| variable(name, value)).collect();
+        let mut variables = Vec::new();
+        for (name, value) in &self.environment {
+            match variable(name, value) {
+                Some(Ok(given)) => variables.push(given),
+                Some(Err(problem)) => problems.push(problem),
+                None => {}
+            }
+        }
         // The order of an environment means nothing: shorter names first, so that the more exact one wins.
         variables.sort_by(|a, b| a.name.cmp(&b.name));
         let options = self.options.iter().map(|(option, path, value)| Given {
@@ -170,13 +179,40 @@ impl Provider for Given {
 }
 
 /// What a variable of the environment sets, if it is configuration.
-fn variable(name: &str, value: &str) -> Option<Given> {
+fn variable(name: &str, value: &str) -> Option<Result<Given, Problem>> {
     let key = name.strip_prefix(PREFIX)?;
     // Kubernetes tells each pod of each service by variables named after it, and a service may be called `sidegate`.
     if is_service_link(key, value) {
         return None;
     }
-    Some(Given { name: name.to_owned(), values: nested(key.split(LEVEL), variable_value(value)) })
+    if key.split(LEVEL).count() > MAX_DEPTH {
+        let message = format!("has more than {MAX_DEPTH} levels in its name");
+        let begin: String = name.chars().take(60).collect();
+        return Some(Err(Problem { key: String::new(), message, origin: Some(format!("{begin}…")) }));
+    }
+    if depth(value) > MAX_DEPTH {
+        let key = key.to_ascii_lowercase().replace(LEVEL, ".");
+        let message = format!("has more than {MAX_DEPTH} brackets within each other");
+        return Some(Err(Problem { key, message, origin: Some(name.to_owned()) }));
+    }
+    Some(Ok(Given { name: name.to_owned(), values: nested(key.split(LEVEL), variable_value(value)) }))
+}
+
+/// How deep lists and sections stand within each other in the text of a variable. A text that begins with neither is one.
+fn depth(text: &str) -> usize {
+    if !text.trim_start().starts_with(['[', '{']) {
+        return 0;
+    }
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for c in text.bytes() {
+        match c {
+            b'[' | b'{' => depth += 1,
+            b']' | b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
 }
 
 /// What the text of a variable stands for. A number only where nothing is lost by it: a secret may be `0123` or
@@ -781,6 +817,20 @@ mod tests {
             SIDEGATE_LOGS: logs: is no key here: did you mean `log`?\n\
             SIDEGATE_THREADS: threads: must be a whole number from 1 to 65535";
         assert_eq!(load_as("a.yaml", "threads: 2", &wrong).unwrap_err(), lines);
+    }
+
+    #[test]
+    fn a_variable_nests_as_deep_as_the_stack_bears() {
+        let (brackets, levels) = ("[".repeat(100_000), format!("SIDEGATE_{}A", "A__".repeat(50_000)));
+        let set = [("SIDEGATE_LOG__LEVEL", &*brackets), (&*levels, "1")];
+        let lines = format!(
+            "SIDEGATE_LOG__LEVEL: log.level: has more than 32 brackets within each other\n\
+             SIDEGATE_{}…: has more than 32 levels in its name",
+            "A__".repeat(17)
+        );
+        assert_eq!(load_as("a.yaml", "threads: 2", &set).unwrap_err(), lines);
+        let secret = format!("a{brackets}");
+        assert_eq!(load_as("a.yaml", "", &[("SIDEGATE_LOG__LEVEL", &*secret)]).unwrap().log.level, secret);
     }
 
     #[test]
