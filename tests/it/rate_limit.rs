@@ -1,6 +1,6 @@
 //! How much each may use: exactly, over replicas, and told truthfully.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 use sidegate::{
@@ -90,6 +90,48 @@ async fn exactly_as_many_pass_as_may_over_two_replicas() {
         assert_eq!(remaining(&other, &format!("/rate-limits/{algorithm}?key=127.0.0.1")).await, 0);
     }
     redis.assert_all_expire("sidegate").await;
+}
+
+/// How far the clock of a process is ahead of that of this one.
+async fn ahead(proxy: &Proxy) -> f64 {
+    let before = SystemTime::now();
+    let shown = proxy.ask(get("")).await.head.get("x-request-id").unwrap().to_owned();
+    let line = proxy.access_line(&shown).await;
+    let logged = humantime::parse_rfc3339(line["ts"].as_str().unwrap()).unwrap();
+    logged.duration_since(before).map_or_else(|early| -early.duration().as_secs_f64(), |late| late.as_secs_f64())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clocks_of_the_replicas_do_not_matter() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    // Two windows, so that even sliding ones would have nothing in common by that clock. The monotonic one stays as it
+    // is, or timers would run on another clock than the kernel's.
+    let ahead_of_all = [
+        ("LD_PRELOAD", "/usr/$LIB/faketime/libfaketimeMT.so.1"),
+        ("FAKETIME", "+2h"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+    ];
+    for algorithm in ["sliding_window", "token_bucket"] {
+        let rules = format!("[{{ name: {algorithm}, key: global, limit: 50/h, algorithm: {algorithm} }}]");
+        let upstreams = format!("upstreams: {{ api: {{ endpoints: ['{}'] }} }}", backend.url());
+        let settings = file(&rules, &format!("{}\n{upstreams}", with(&redis)));
+        let right = Proxy::start(&settings).await;
+        let wrong = Proxy::start_with(&settings, &ahead_of_all).await;
+        connected(&right).await;
+        connected(&wrong).await;
+        let (passed, refused) = at_once(&[&right, &wrong], 200, "").await;
+        figure(&format!("{algorithm}, one clock two hours ahead: {passed} of 200 passed, {refused} did not"));
+        assert_eq!(passed, 50);
+        let path = format!("/rate-limits/{algorithm}");
+        assert_eq!((remaining(&right, &path).await, remaining(&wrong, &path).await), (json!(0), json!(0)));
+        let (one, other) = (retry_after(&right.ask(get("")).await), retry_after(&wrong.ask(get("")).await));
+        assert!(one.abs_diff(other) < 60, "both tell the same time to wait: {one} {other}");
+
+        let (right, wrong) = (ahead(&right).await, ahead(&wrong).await);
+        figure(&format!("their clocks are {right:.1} s and {wrong:.1} s ahead"));
+        assert!(right.abs() < 600.0, "{right}");
+        assert!((wrong - 7200.0).abs() < 600.0, "{wrong}: is faketime there? `scripts/setup test` installs it");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
