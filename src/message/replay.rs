@@ -132,6 +132,18 @@ impl Replay {
         Ok((!state.lost).then(|| Bytes::copy_from_slice(&state.kept)))
     }
 
+    /// How many have begun to read it.
+    #[must_use]
+    pub fn turns(&self) -> u64 {
+        self.0.as_ref().map_or(0, |shared| shared.lock().reader)
+    }
+
+    /// Whether all of it has come, as far as anybody looked.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.as_ref().is_none_or(|shared| shared.lock().over)
+    }
+
     /// The trailers that came behind the body, once it is over.
     #[must_use]
     pub fn trailers(&self) -> Option<HeaderMap> {

@@ -268,16 +268,23 @@ impl Plan {
         while let Some(failure) = Failure::of(result.as_ref().map_err(|error| &**error as _)) {
             let Some((n, target)) = self.next(rest, failure) else { break };
             rest = n + 1;
+            let reading = (!replay.is_over()).then(|| replay.turns());
             // Made while the failure can still be passed on.
             let mut request = match target.request(&head, &replay).await {
                 Ok(request) => request,
                 Err(Refusal::Failed(error)) => return Err(error),
-                Err(Refusal::Body) => {
-                    self.metrics.no_body(&target.name);
-                    continue;
-                }
-                Err(Refusal::Json) => {
-                    self.metrics.no_json(&target.name);
+                Err(refusal) => {
+                    if matches!(refusal, Refusal::Body) {
+                        self.metrics.no_body(&target.name);
+                    } else {
+                        self.metrics.no_json(&target.name);
+                    }
+                    // Who had answered before it was sent everything has lost its upload to the look at it, and with
+                    // that its connection: what it answered will not come to its end.
+                    if result.is_ok() && reading.is_some_and(|before| replay.turns() != before) {
+                        result =
+                            Err(Error::new(Kind::UpstreamReset, "its upload was taken away to be rewritten").into());
+                    }
                     continue;
                 }
             };
@@ -538,6 +545,26 @@ mod tests {
         let request = post(Body::new(StreamBody::new(broken.chain(stream::empty()))));
         let ask = ask(request, Act::Early(503), vec![(rewritten, Act::Answer(200))]).await;
         assert_eq!(ask.result, Err(Some(Kind::ClientTimeout)));
+    }
+
+    #[tokio::test]
+    async fn an_answer_whose_upload_was_taken_away_is_not_passed_on() {
+        let rewritten = serde_json::json!({ "upstream": "b", "json": { "model": "x" } });
+        let invalid = || {
+            let frames = ["{\"a\":", "1"].map(|text| Ok::<_, BoxError>(http_body::Frame::data(text.into())));
+            post(Body::new(StreamBody::new(stream::iter(frames))))
+        };
+        let asked = ask(invalid(), Act::Early(503), vec![(rewritten.clone(), Act::Answer(200))]).await;
+        assert_eq!(
+            asked.result,
+            Err(Some(Kind::UpstreamReset)),
+            "its connection is gone, and the answer's end with it"
+        );
+        let asked = ask(invalid(), Act::Answer(503), vec![(rewritten.clone(), Act::Answer(200))]).await;
+        assert_eq!(asked.status(), 503, "it had read all");
+        let fixed = (to("fixed"), Act::Answer(200));
+        let asked = ask(invalid(), Act::Early(503), vec![(rewritten, Act::Answer(200)), fixed]).await;
+        assert_eq!(asked.names(), ["own", "fixed"], "who steps in for what broke still does");
     }
 
     #[tokio::test]
