@@ -216,6 +216,18 @@ def kinds(sidegates: dict[str, str], hyper_min: str) -> dict[str, Kind]:
     return {kind.name: kind for kind in every}
 
 
+def limited_kinds(sidegate: str, redis: int) -> list[Kind]:
+    """Without limits; with three rules in Redis, and in memory; and with one of them used up."""
+    store = ("{redis}", f'redis: {{ url: "redis://127.0.0.1:{redis}" }}')
+    run, wide = [sidegate, "run", "{config}"], ("{limit}", "1000000000")
+    return [
+        Kind("sidegate", run, "sidegate.yaml", one_port=True),
+        Kind("limited", run, "limited.yaml", (store, wide), one_port=True),
+        Kind("in memory", run, "limited.yaml", (("{redis}", ""), wide), one_port=True),
+        Kind("denied", run, "limited.yaml", (store, ("{limit}", "1")), one_port=True),
+    ]
+
+
 class Proxy:
     """A running proxy, or the upstream itself, named `direct`."""
 
@@ -376,6 +388,12 @@ SCENARIOS = [
     ),
 ]
 
+# Those of a scenario that only sidegate takes, without limits and with them.
+LIMITS = [
+    Scenario("limits", "Rate limits: GET 13 B, 64 connections", "wrk", wrk("/hello", 64), requests()),
+    Scenario("limits1", "Rate limits: GET 13 B, 1 connection", "wrk", wrk("/hello", 1), requests()),
+]
+
 MEMORY_ROWS = [
     Row("resident at start, MiB", "start_mib"),
     Row("per idle connection, KiB", "idle_kib"),
@@ -476,7 +494,8 @@ class Bench:
         quiet = [s for s in samples if s["other"] <= MAX_OTHER]
         self.rounds += len(samples)
         self.disturbed += len(samples) - len(quiet)
-        if errors := sum(s["errors"] for s in samples):
+        # Who is denied gets errors.
+        if (errors := sum(s["errors"] for s in samples)) and name != "denied":
             self.notes.append(f"{scenario.name}, {name}: {errors} errors")
         # Where there are two quiet rounds, they alone count.
         used = quiet if len(quiet) >= 2 else samples
@@ -487,6 +506,35 @@ class Bench:
         if syscalls is not None:
             result["syscalls"] = syscalls
         return result
+
+    def limits(self, sidegate: str) -> tuple[list[tuple[str, list[Row], dict[str, Sample]]], float]:
+        """What limits cost, and the median of a bare EVALSHA of their script, in microseconds."""
+        (port,) = free_ports(1)
+        options = ["--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(self.tmp)]
+        redis = spawn(["redis-server", *options], self.load_core, stdout=subprocess.DEVNULL)
+        cli = ["redis-cli", "-p", str(port)]
+        try:
+            deadline = time.monotonic() + 10
+            while subprocess.run([*cli, "PING"], capture_output=True).stdout != b"PONG\n":
+                if time.monotonic() > deadline:
+                    raise RuntimeError("Redis does not serve")
+                time.sleep(0.05)
+            script = (ROOT / "src/layers/rate_limit/script.lua").read_text()
+            known = subprocess.run([*cli, "SCRIPT", "LOAD", script], capture_output=True, text=True, check=True).stdout.strip()
+            rule = [["0", "1", "1000000000", "3600000000", "1000000000", "0"], ["1", "1", "1000000000", "3600000000", "1000000000", "0"]]
+            call = ["EVALSHA", known, "3", "{b}a", "{b}b", "{b}c", *rule[0], *rule[0], *rule[1], "0", "0", "0"]
+            bare = ["redis-benchmark", "-p", str(port), "-c", "1", "-n", "20000", "--csv", *call]
+            # Where the proxies stand.
+            pin = lambda: os.sched_setaffinity(0, {self.proxy_core})
+            rounds = [subprocess.run(bare, capture_output=True, text=True, check=True, preexec_fn=pin).stdout for _ in range(3)]
+            # "test","rps","avg_latency_ms","min_latency_ms","p50_latency_ms",...
+            trip = statistics.median(float(out.splitlines()[-1].split(",")[4].strip('"')) * 1000 for out in rounds)
+            all_kinds, sections = limited_kinds(sidegate, port), []
+            for scenario in LIMITS:
+                sections.append((scenario.title, scenario.rows, self.scenario(scenario, all_kinds)))
+            return sections, trip
+        finally:
+            end(redis)
 
     def attempt(self, proxy: Proxy, what: Callable[[Proxy], object]):
         """A failed round is told and left out; it does not end the run."""
@@ -603,6 +651,20 @@ def table(sections: list[tuple[str, list[Row], dict[str, Sample]]], names: list[
     return [align(rows[0]), rule, *map(align, rows[1:])], passed, missed
 
 
+def limits_table(sections: list[tuple[str, list[Row], dict[str, Sample]]], trip: float) -> list[str]:
+    names = ["sidegate", "limited", "in memory", "denied"]
+    lines, _, _ = table(sections, names, [])
+    (_, _, many), (_, _, one) = sections
+    added = one["limited"]["p50"] - one["sidegate"]["p50"]
+    allowed, denied = many["limited"]["rate"], many["denied"]["rate"]
+    return [
+        *lines,
+        "",
+        f"- a bare EVALSHA of the three rules, p50: {trip:.0f} us; added to a request, p50: {added:.0f} us, {added / trip:.2f} x (aim: under 1.3)",
+        f"- denied over allowed requests/s: {denied / allowed:.2f} x (aim: above 3)",
+    ]
+
+
 def said_by(argv: list[str], pattern: str) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
@@ -650,7 +712,7 @@ def build(manifest: Path, target: Optional[Path] = None) -> dict[str, str]:
 
 
 def arguments() -> argparse.Namespace:
-    names = [s.name for s in SCENARIOS] + ["memory", "cancel"]
+    names = [s.name for s in SCENARIOS] + ["limits", "memory", "cancel"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: one round of a second each, fewer connections")
     parser.add_argument("--rounds", type=int, default=int(os.environ.get("BENCH_ROUNDS") or 3), help="rounds of each scenario (default: $BENCH_ROUNDS, else 3)")
@@ -711,7 +773,7 @@ def main() -> None:
         skipped.append(f"not installed, and so not measured: {', '.join(missing)}")
     names = [*sidegates, *peers]
     by_name = kinds(sidegates, hyper_min)
-    sections, raw = [], {}
+    sections, raw, limits, trip = [], {}, [], 0.0
     with tempfile.TemporaryDirectory(prefix="sidegate-bench-") as tmp:
         os.chmod(tmp, 0o755)
         bench = Bench(options, Path(tmp), programs["upstream"], programs["client"])
@@ -727,6 +789,10 @@ def main() -> None:
                     continue
                 raw[scenario.name] = bench.scenario(scenario, [by_name[n] for n in names])
                 sections.append((scenario.title, [*scenario.rows, *([Row("system calls each", "syscalls")] if scenario.syscalls else [])], raw[scenario.name]))
+            if "limits" in options.only and all(map(shutil.which, ("wrk", "redis-server", "redis-cli", "redis-benchmark"))):
+                limits, trip = bench.limits(sidegate)
+            elif "limits" in options.only:
+                bench.notes.append("limits are left out: wrk or Redis is not installed")
             if "memory" in options.only:
                 raw["memory"] = bench.memory([by_name[n] for n in names])
                 sections.append(("Memory", MEMORY_ROWS, raw["memory"]))
@@ -738,6 +804,9 @@ def main() -> None:
 
     columns = [*names, *(["direct"] if any("direct" in figures for _, _, figures in sections) else [])]
     lines, passed, missed = table(sections, columns, ["nginx", "nginx-log", "resilient", *list(sidegates)[1:]])
+    if limits:
+        raw.update(zip((s.name for s in LIMITS), (figures for _, _, figures in limits)))
+        lines += ["", *limits_table(limits, trip)]
     report = [*facts(bench, names, sidegates), "", *lines, "", f"{passed} bars passed, {missed} missed."]
     if bench.disturbed:
         bench.notes.append(

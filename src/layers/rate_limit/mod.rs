@@ -15,6 +15,29 @@
 //!
 //! Of what clients send, only addresses and ids of principals stand in the names of counters; anything else stands there
 //! as a digest.
+//!
+//! ```
+//! use sidegate::{
+//!     layers::rate_limit::{Config, RateLimitLayer, State},
+//!     message::{Body, BoxError, Error, Kind, Request, Response},
+//!     telemetry::Metrics,
+//! };
+//! use tower::{ServiceBuilder, ServiceExt, service_fn};
+//!
+//! # tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(async {
+//! let rules = r#"[{"name": "once", "key": "header:x-tenant", "limit": "1/h"}]"#;
+//! let config: Config = serde_json::from_str(rules).unwrap();
+//! let service = ServiceBuilder::new()
+//!     .layer(RateLimitLayer::new(&config, "chat", &State::default(), None, &Metrics::new()))
+//!     .service(service_fn(|_: Request| async { Ok::<_, BoxError>(Response::default()) }));
+//! let of = |tenant: &str| http::Request::get("/").header("x-tenant", tenant).body(Body::empty()).unwrap();
+//! let first = service.clone().oneshot(of("a")).await.unwrap();
+//! assert!(first.headers()["ratelimit"].to_str().unwrap().starts_with("\"once\";r=0;"));
+//! let error = service.clone().oneshot(of("a")).await.unwrap_err();
+//! assert_eq!(Error::find(&*error).map(Error::kind), Some(Kind::RateLimited));
+//! assert!(service.oneshot(of("b")).await.is_ok());
+//! # });
+//! ```
 
 pub mod counters;
 pub mod headers;
