@@ -483,14 +483,7 @@ impl Metrics {
         all.register("retries", "Requests sent again to an upstream, by outcome", f.retries.clone());
         let help = "Failures that were not tried again although they might have been, by reason";
         all.register("retries_not_made", help, f.not_retried.clone());
-        all.register("auth", "Requests of routes with auth, by outcome", f.auth.clone());
-        all.register("sessions", "Requests of routes with sessions, by outcome", f.sessions.clone());
-        all.register("rate_limits", "Requests that a rule held for, by outcome", f.rate_limits.clone());
-        let help = "Requests refused because they had been refused before, without a look at the counters";
-        all.register("rate_limits_remembered", help, f.rate_limit_remembered.clone());
-        all.register("tokens", "Tokens of language models, on routes where they are counted", f.tokens.clone());
-        let help = "Requests whose limits could not be counted in Redis";
-        all.register("rate_limit_store_failures", help, f.rate_limit_store_failures.clone());
+        f.register_gates(&mut all);
         all.register("fallbacks", "Requests sent to another upstream, by what failed", f.fallbacks.clone());
         let help = "Fallbacks that a request could not be sent to, by reason";
         all.register("fallbacks_not_made", help, f.no_fallbacks.clone());
@@ -1101,6 +1094,17 @@ impl Families {
         all.register("redis_state", "Redis: 0 up, 1 being probed, 2 down", f.state.clone());
         all.register("redis_connects", "Connections to Redis that were made", f.connected.clone());
         all.register("redis_in_flight", "Calls to Redis that wait for their answers", f.in_flight.clone());
+    }
+
+    fn register_gates(&self, all: &mut Registry) {
+        all.register("auth", "Requests of routes with auth, by outcome", self.auth.clone());
+        all.register("sessions", "Requests of routes with sessions, by outcome", self.sessions.clone());
+        all.register("rate_limits", "Requests that a rule held for, by outcome", self.rate_limits.clone());
+        let help = "Requests refused because they had been refused before, without a look at the counters";
+        all.register("rate_limits_remembered", help, self.rate_limit_remembered.clone());
+        all.register("tokens", "Tokens of language models, on routes where they are counted", self.tokens.clone());
+        let help = "Requests whose limits could not be counted in Redis";
+        all.register("rate_limit_store_failures", help, self.rate_limit_store_failures.clone());
     }
 
     fn register_balance(&self, all: &mut Registry) {

@@ -18,7 +18,7 @@ use super::harness::{
     Backend, Message, Proxy, Wire,
     backend::Recorder,
     eventually, figure,
-    redis::{Cluster, Redis},
+    redis::{Cluster, Redis, Slow},
 };
 
 /// Time enough for a Redis on a busy machine: what it does not answer in time would be counted here.
@@ -558,6 +558,7 @@ async fn redis_counts_as_memory_does() {
                 .iter()
                 .enumerate()
                 .map(|(n, quota)| Asked {
+                    settles: false,
                     key: redis.key("limit", "same", &format!("{case}:{n}")),
                     demand: Demand { quota: *quota, cost: f64::from(upto(6)).min(quota.most()), shadow: upto(5) == 0 },
                 })
@@ -573,4 +574,56 @@ async fn redis_counts_as_memory_does() {
         }
     }
     figure(&format!("{compared} decisions of Redis and of memory are the same"));
+}
+
+/// Redis answers after a while; who leaves meanwhile has taken nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leaves_while_redis_is_asked_gives_back_what_it_took() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let road = Slow::before(redis.address()).await;
+    let rules = "[{ name: places, key: global, limit: 5, cost: in_flight }, \
+                  { name: data, key: global, limit: 10KiB/h, cost: bytes }]";
+    let settings = file(rules, &format!("redis: {{ url: \"{}\", timeout: 5s }}", road.url()));
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    connected(&proxy).await;
+    road.set_delay(Duration::from_millis(300));
+    for _ in 0..5 {
+        let mut client = proxy.connect().await;
+        client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n").await;
+        sleep(Duration::from_millis(50)).await;
+        client.leave(true);
+    }
+    road.set_delay(Duration::ZERO);
+    eventually("all places to be free", async || remaining(&proxy, "/rate-limits/places").await == 5).await;
+    eventually("no byte to be charged", async || remaining(&proxy, "/rate-limits/data").await == 10240).await;
+    assert_eq!(backend.requests().len(), 0);
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_same_question_is_answered_from_memory() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let settings = format!(
+        "{}
+routes:
+  - {{ match: {{ path: /data }}, upstream: api, rate_limit: [{{ name: data, key: global, limit: 1000B/h, cost: bytes }}] }}
+  - {{ match: {{ path: /small }}, upstream: api, rate_limit: {{ scope: both, rules: [{{ name: one, key: ip, limit: 1/h }}] }} }}
+  - {{ match: {{ path: /large }}, upstream: api, rate_limit: {{ scope: both, rules: [{{ name: one, key: ip, limit: 100/h }}] }} }}
+",
+        with(&redis)
+    );
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    connected(&proxy).await;
+    let post = async |bytes: usize| {
+        let body = "x".repeat(bytes);
+        proxy.ask(format!("POST /data HTTP/1.1\r\nhost: a\r\ncontent-length: {bytes}\r\n\r\n{body}")).await.status()
+    };
+    assert_eq!(post(500).await, 200);
+    eventually("it to be charged", async || remaining(&proxy, "/rate-limits/data").await == 498).await;
+    assert_eq!(post(900).await, 429);
+    assert_eq!(post(900).await, 429);
+    assert_eq!(post(100).await, 200, "there is room for less");
+    assert_eq!(proxy.get("/small").await.status(), 200);
+    assert_eq!(proxy.get("/small").await.status(), 429);
+    assert_eq!(proxy.get("/large").await.status(), 200, "another limit of the same counter");
 }

@@ -8,11 +8,13 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fmt, iter,
+    fmt, iter, mem,
+    pin::Pin,
     sync::{
         Arc, Weak,
         atomic::{AtomicU32, Ordering},
     },
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -69,6 +71,8 @@ pub struct Asked {
     pub key: Key,
     /// What is asked of it.
     pub demand: Demand,
+    /// Whether what is taken will be settled: a request that ends before it is known what was taken must not keep it.
+    pub settles: bool,
 }
 
 /// What all limits answered.
@@ -106,6 +110,9 @@ enum Origin {
 /// A refusal that was remembered.
 #[derive(Debug, Clone, Copy)]
 struct Refused {
+    /// What was asked: who asks for less, or of another limit with the same counter, may pass.
+    cost: f64,
+    quota: Quota,
     until: Instant,
     reset: Duration,
     at: Instant,
@@ -136,7 +143,51 @@ struct Shared {
     refused: Memory<Key, Refused>,
     replicas: AtomicU32,
     leases: Mutex<HashMap<Key, (Quota, HashSet<u64>)>>,
-    unsettled: mpsc::Sender<(Taken, f64)>,
+    unsettled: mpsc::Sender<Unsettled>,
+}
+
+/// What is still to be done behind a request.
+enum Unsettled {
+    /// Something was taken, and this much more or less of it was used.
+    Taken(Taken, f64),
+    /// Whether it was is not known yet, and nobody waits for that any more.
+    Taking(Vec<Asked>, Taking),
+}
+
+type Taking = Pin<Box<dyn Future<Output = Result<Answer, Failure>> + Send>>;
+
+/// A call whose request may end before it is answered. Then what it took is given back.
+struct Pending {
+    asked: Vec<Asked>,
+    taking: Option<Taking>,
+    unsettled: mpsc::Sender<Unsettled>,
+}
+
+impl Future for Pending {
+    type Output = Result<Answer, Failure>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(taking) = self.taking.as_mut() else { return Poll::Pending };
+        let answer = ready!(taking.as_mut().poll(cx));
+        self.taking = None;
+        Poll::Ready(answer)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        if let Some(taking) = self.taking.take() {
+            later(&self.unsettled, Unsettled::Taking(mem::take(&mut self.asked), taking));
+        }
+    }
+}
+
+/// Leaves something to be done behind the requests.
+fn later(unsettled: &mpsc::Sender<Unsettled>, what: Unsettled) {
+    // Full only where Redis has not answered for long, and is not asked then.
+    if unsettled.try_send(what).is_err() {
+        debug!("a rate limit was not settled");
+    }
 }
 
 impl Default for State {
@@ -213,7 +264,10 @@ impl Counters {
     pub fn refused(&self, asked: &[Asked]) -> Option<Decision> {
         let shared = self.shared.as_ref().filter(|shared| !shared.refused.is_empty())?;
         let now = Instant::now();
-        let known = |one: &Asked| if one.demand.shadow { None } else { shared.refused.get(&one.key, now) };
+        let known = |Asked { key, demand, .. }: &Asked| {
+            let known = if demand.shadow { None } else { shared.refused.get(key, now) };
+            known.filter(|known| known.cost.total_cmp(&demand.cost).is_eq() && known.quota == demand.quota)
+        };
         let known: Vec<_> = asked.iter().map(known).collect();
         if known.iter().all(Option::is_none) {
             return None;
@@ -239,47 +293,13 @@ impl Counters {
     /// What kept Redis from answering. Nobody was asked then, or it is not known.
     pub async fn take(&self, asked: &[Asked]) -> Result<Answer, Failure> {
         let Some(shared) = &self.shared else { return Ok(self.take_locally(asked, 1)) };
-        let lease = |one: &Asked| if one.demand.quota.algorithm == Algorithm::InFlight { unique() } else { 0 };
-        let leases: Vec<u64> = asked.iter().map(lease).collect();
-        let mut args: Vec<u64> = Vec::with_capacity(asked.len() * 7);
-        for Asked { demand: Demand { quota, cost, shadow }, .. } in asked {
-            let Quota { algorithm, limit, per, burst } = *quota;
-            args.extend([
-                code(algorithm).into(),
-                whole(*cost),
-                whole(limit),
-                whole(per),
-                whole(burst),
-                u64::from(*shadow),
-            ]);
+        if asked.iter().all(|one| !one.settles) {
+            return shared.take(asked).await;
         }
-        args.extend(&leases);
-        let keys: Vec<Key> = asked.iter().map(|one| one.key.clone()).collect();
-        let answer: Vec<i64> = shared.redis.run(&TAKE, &keys, &args[..]).await?;
-        let [passes, now, rest @ ..] = &answer[..] else { return Err(Failure::Refused) };
-        let duration = |micros: i64| Duration::from_micros(u64::try_from(micros).unwrap_or_default());
-        let (verdicts, _) = rest.as_chunks::<4>();
-        let verdicts: Vec<Verdict> = verdicts
-            .iter()
-            .map(|&[fits, remaining, reset, wait]| Verdict {
-                fits: fits == 1,
-                remaining: u64::try_from(remaining).unwrap_or_default(),
-                reset: duration(reset),
-                wait: (wait >= 0).then(|| duration(wait)),
-            })
-            .collect();
-        if verdicts.len() != asked.len() {
-            return Err(Failure::Refused);
-        }
-        let decision = Decision { passes: *passes == 1, verdicts };
-        if decision.passes {
-            shared.hold(asked, &decision, &leases);
-        } else {
-            shared.remember(asked, &decision);
-        }
-        let at = amount(u64::try_from(*now).unwrap_or_default());
-        let demands = asked.iter().map(|one| one.demand).collect();
-        Ok(Answer { decision, demands, leases, at, origin: Origin::Shared })
+        let (asked, unsettled) = (asked.to_vec(), shared.unsettled.clone());
+        let (shared, all) = (shared.clone(), asked.clone());
+        let taking: Taking = Box::pin(async move { shared.take(&all).await });
+        Pending { asked, taking: Some(taking), unsettled }.await
     }
 
     /// Asks all limits in one step, in memory, each for the part of it that one of `replicas` has.
@@ -320,12 +340,11 @@ impl Counters {
                 if taken.lease != 0 {
                     shared.let_go(&taken);
                 }
+                if change < 0.0 {
+                    shared.refused.remove(&taken.key, Instant::now());
+                }
                 if change != 0.0 {
-                    // Full only where Redis has not answered for long, and is not asked then.
-                    shared
-                        .unsettled
-                        .try_send((taken, change))
-                        .unwrap_or_else(|_| debug!("a rate limit was not settled"));
+                    later(&shared.unsettled, Unsettled::Taken(taken, change));
                 }
             }
             _ if change == 0.0 => {}
@@ -342,7 +361,7 @@ impl Counters {
         }
         // A shadow of nothing: it takes nothing, and says what there is.
         let cost = if quota.algorithm == Algorithm::InFlight { quota.limit + 1.0 } else { 0.0 };
-        let asked = Asked { key: key.clone(), demand: Demand { quota, cost, shadow: true } };
+        let asked = Asked { key: key.clone(), demand: Demand { quota, cost, shadow: true }, settles: false };
         let answer = self.take(&[asked]).await.ok();
         (answer.and_then(|answer| answer.decision.verdicts.first().copied()), local)
     }
@@ -415,6 +434,61 @@ impl Local {
 }
 
 impl Shared {
+    /// Asks all limits in one step.
+    async fn take(&self, asked: &[Asked]) -> Result<Answer, Failure> {
+        let lease = |one: &Asked| if one.demand.quota.algorithm == Algorithm::InFlight { unique() } else { 0 };
+        let leases: Vec<u64> = asked.iter().map(lease).collect();
+        let mut args: Vec<u64> = Vec::with_capacity(asked.len() * 7);
+        for Asked { demand: Demand { quota, cost, shadow }, .. } in asked {
+            let Quota { algorithm, limit, per, burst } = *quota;
+            args.extend([
+                code(algorithm).into(),
+                whole(*cost),
+                whole(limit),
+                whole(per),
+                whole(burst),
+                u64::from(*shadow),
+            ]);
+        }
+        args.extend(&leases);
+        let keys: Vec<Key> = asked.iter().map(|one| one.key.clone()).collect();
+        let answer = self.redis.run(&TAKE, &keys, &args[..]).await;
+        let answer: Vec<i64> = answer.inspect_err(|_| self.give_back(asked, &leases))?;
+        let [passes, now, rest @ ..] = &answer[..] else { return Err(Failure::Refused) };
+        let duration = |micros: i64| Duration::from_micros(u64::try_from(micros).unwrap_or_default());
+        let (verdicts, _) = rest.as_chunks::<4>();
+        let verdicts: Vec<Verdict> = verdicts
+            .iter()
+            .map(|&[fits, remaining, reset, wait]| Verdict {
+                fits: fits == 1,
+                remaining: u64::try_from(remaining).unwrap_or_default(),
+                reset: duration(reset),
+                wait: (wait >= 0).then(|| duration(wait)),
+            })
+            .collect();
+        if verdicts.len() != asked.len() {
+            return Err(Failure::Refused);
+        }
+        let decision = Decision { passes: *passes == 1, verdicts };
+        if decision.passes {
+            self.hold(asked, &decision, &leases);
+        } else {
+            self.remember(asked, &decision);
+        }
+        let at = amount(u64::try_from(*now).unwrap_or_default());
+        let demands = asked.iter().map(|one| one.demand).collect();
+        Ok(Answer { decision, demands, leases, at, origin: Origin::Shared })
+    }
+
+    /// Takes back leases that a call may have taken which was not answered. The connection keeps the order.
+    fn give_back(&self, asked: &[Asked], leases: &[u64]) {
+        for (one, &lease) in asked.iter().zip(leases).filter(|(_, lease)| **lease != 0) {
+            let (key, quota) = (one.key.clone(), one.demand.quota);
+            let taken = Taken { key, quota, amount: 1.0, at: 0.0, lease, origin: Origin::Shared };
+            later(&self.unsettled, Unsettled::Taken(taken, -1.0));
+        }
+    }
+
     /// Notes the leases that a request has got, so that they are renewed.
     fn hold(&self, asked: &[Asked], decision: &Decision, leases: &[u64]) {
         for ((one, verdict), lease) in asked.iter().zip(&decision.verdicts).zip(leases) {
@@ -441,7 +515,8 @@ impl Shared {
         let now = Instant::now();
         for (one, verdict) in asked.iter().zip(&decision.verdicts).filter(|(one, _)| !one.demand.shadow) {
             if let (false, Some(wait)) = (verdict.fits, verdict.wait) {
-                let refused = Refused { until: now + wait, reset: verdict.reset, at: now };
+                let Demand { quota, cost, .. } = one.demand;
+                let refused = Refused { cost, quota, until: now + wait, reset: verdict.reset, at: now };
                 self.refused.put(&one.key, refused, now + wait.min(LOOK_AGAIN), now);
             }
         }
@@ -474,7 +549,7 @@ struct Keeper {
 }
 
 impl Keeper {
-    async fn run(self, mut left: mpsc::Receiver<(Taken, f64)>, mut end: watch::Receiver<bool>) {
+    async fn run(self, mut left: mpsc::Receiver<Unsettled>, mut end: watch::Receiver<bool>) {
         let mut batch = Vec::with_capacity(AT_ONCE);
         let mut due = Instant::now();
         loop {
@@ -487,7 +562,7 @@ impl Keeper {
                     if count == 0 {
                         break;
                     }
-                    join_all(batch.drain(..).map(|(taken, change)| self.settle(taken, change))).await;
+                    join_all(batch.drain(..).map(|what| self.catch_up(what))).await;
                 }
             }
         }
@@ -511,6 +586,23 @@ impl Keeper {
     async fn alive(&self, lasts: Duration) -> Result<u32, Failure> {
         let args = [self.id, whole(as_micros(lasts))];
         self.redis.run(&REPLICAS, &[self.redis.key("limit", "replicas", "")], &args[..]).await
+    }
+
+    async fn catch_up(&self, what: Unsettled) {
+        let (asked, taking) = match what {
+            Unsettled::Taken(taken, change) => return self.settle(taken, change).await,
+            Unsettled::Taking(asked, taking) => (asked, taking),
+        };
+        // Where it fails, it has taken care of its leases.
+        let Ok(answer) = taking.await else { return };
+        for (place, _) in asked.iter().enumerate().filter(|(_, one)| one.settles) {
+            let Some(taken) = answer.taken(&asked, place) else { continue };
+            if let (true, Some(shared)) = (taken.lease != 0, self.shared.upgrade()) {
+                shared.let_go(&taken);
+            }
+            let all = -taken.amount;
+            self.settle(taken, all).await;
+        }
     }
 
     async fn settle(&self, taken: Taken, change: f64) {

@@ -66,7 +66,7 @@ pub use self::rule::{Algorithm, Amount, Config, Cost, Exempt, KeyPart, Limit, On
 use self::{
     counters::{Asked, Counters, Taken},
     headers::Styles,
-    tokens::Reading,
+    tokens::{Estimate, Reading},
     window::{Demand, Quota, Verdict, amount},
 };
 use crate::{
@@ -256,31 +256,38 @@ impl Gate {
         if rules.is_empty() {
             return Ok((Passed::default(), body));
         }
+        let announced = body.size_hint().lower();
+        let cost = |rule: &Compiled, estimate: Option<Estimate>| {
+            let cost = match (rule.cost, estimate) {
+                (Cost::One | Cost::InFlight, _) => 1,
+                (Cost::Bytes, _) => announced,
+                (Cost::Tokens, Some(Estimate { input, output, .. })) => {
+                    input.saturating_add(output.unwrap_or(rule.reserve)).max(1)
+                }
+                // Not known before the body was read.
+                (Cost::Tokens, None) => 0,
+            };
+            amount(cost).min(rule.quota.most())
+        };
         let demand = |rule: &&Compiled| Asked {
             key: rule.counter(&self.route, head),
-            demand: Demand { quota: rule.quota, cost: 1.0, shadow: rule.shadow },
+            demand: Demand { quota: rule.quota, cost: cost(rule, None), shadow: rule.shadow },
+            settles: rule.cost != Cost::One,
         };
         let mut asked: Vec<Asked> = rules.iter().map(demand).collect();
-        if let Some(decision) = self.counters.refused(&asked) {
+        let mut remembered = self.counters.refused(&asked);
+        let (mut estimate, mut body) = (None, body);
+        if remembered.is_none() && rules.iter().any(|rule| rule.cost == Cost::Tokens) {
+            let (read, again) = tokens::read(head, body).await?;
+            (estimate, body) = (Some(read), again);
+            for (asked, rule) in asked.iter_mut().zip(&rules) {
+                asked.demand.cost = cost(rule, estimate);
+            }
+            remembered = self.counters.refused(&asked);
+        }
+        if let Some(decision) = remembered {
             self.metrics.remembered.inc();
             return Err(self.refuse(head, &rules, &decision.verdicts).into());
-        }
-        let announced = body.size_hint().lower();
-        let (estimate, body) = if rules.iter().any(|rule| rule.cost == Cost::Tokens) {
-            let (estimate, body) = tokens::read(head, body).await?;
-            (Some(estimate), body)
-        } else {
-            (None, body)
-        };
-        for (asked, rule) in asked.iter_mut().zip(&rules) {
-            let cost = match rule.cost {
-                Cost::One | Cost::InFlight => 1,
-                Cost::Bytes => announced,
-                Cost::Tokens => estimate.map_or(0, |estimate| {
-                    estimate.input.saturating_add(estimate.output.unwrap_or(rule.reserve)).max(1)
-                }),
-            };
-            asked.demand.cost = amount(cost).min(rule.quota.most());
         }
         let answer = match self.counters.take(&asked).await {
             Ok(answer) => answer,
@@ -454,9 +461,9 @@ struct Owed {
 }
 
 impl Owed {
-    fn until_end_of(mut self, response: Response) -> Response {
+    fn until_end_of(mut self, mut response: Response) -> Response {
         if let Some(reading) = &mut self.reading {
-            reading.begin(&response);
+            reading.begin(&mut response);
         }
         if let Some(exchange) = self.exchange.clone() {
             let mut facts = exchange.facts();
@@ -467,15 +474,15 @@ impl Owed {
             }
         }
         if response.body().is_end_stream() {
-            self.end();
+            self.end(true);
             return response;
         }
         response.map(|body| Body::new(ResponseBody { body, owed: Some(self), ready: None, after: None }))
     }
 
-    /// The response is whole. What of it is still held back.
-    fn end(&mut self) -> Option<Bytes> {
-        self.reading.as_mut().and_then(Reading::end)
+    /// The response is over, and whole or not. What of it is still held back.
+    fn end(&mut self, whole: bool) -> Option<Bytes> {
+        self.reading.as_mut().and_then(|reading| reading.end(whole))
     }
 
     fn bytes(&self) -> u64 {
@@ -519,8 +526,8 @@ pin_project! {
         owed: Option<Owed>,
         // What may pass of the last frame.
         ready: Option<Frames>,
-        // Trailers, which come after what was held back.
-        after: Option<Frame<Bytes>>,
+        // What comes after what was held back: trailers, or an error.
+        after: Option<Result<Frame<Bytes>, BoxError>>,
     }
 }
 
@@ -535,26 +542,22 @@ impl HttpBody for ResponseBody {
                 return Poll::Ready(Some(Ok(Frame::data(data))));
             }
             *this.ready = None;
-            let Some(owed) = this.owed.as_mut() else { return Poll::Ready(this.after.take().map(Ok)) };
+            let Some(owed) = this.owed.as_mut() else { return Poll::Ready(this.after.take()) };
             let frame = match ready!(Pin::new(&mut *this.body).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
-                Some(Err(error)) => {
-                    *this.owed = None;
-                    return Poll::Ready(Some(Err(error)));
-                }
-                None => {
-                    let held = owed.end();
-                    *this.owed = None;
-                    return Poll::Ready(held.map(|held| Ok(Frame::data(held))));
+                end @ (None | Some(Err(_))) => {
+                    let held = owed.end(end.is_none());
+                    (*this.owed, *this.after) = (None, end);
+                    *this.ready = held.map(|held| [Some(held), None, None].into_iter().flatten());
+                    continue;
                 }
             };
             let Some(data) = frame.data_ref() else {
                 // Behind trailers there is nothing.
-                let held = owed.end();
-                *this.owed = None;
-                let Some(held) = held else { return Poll::Ready(Some(Ok(frame))) };
-                *this.after = Some(frame);
-                return Poll::Ready(Some(Ok(Frame::data(held))));
+                let held = owed.end(true);
+                (*this.owed, *this.after) = (None, Some(Ok(frame)));
+                *this.ready = held.map(|held| [Some(held), None, None].into_iter().flatten());
+                continue;
             };
             owed.sent += data.len() as u64;
             match owed.reading.as_mut().and_then(|reading| reading.pass(data)) {
