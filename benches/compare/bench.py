@@ -522,7 +522,7 @@ class Bench:
             script = (ROOT / "src/layers/rate_limit/script.lua").read_text()
             known = subprocess.run([*cli, "SCRIPT", "LOAD", script], capture_output=True, text=True, check=True).stdout.strip()
             rule = [["0", "1", "1000000000", "3600000000", "1000000000", "0"], ["1", "1", "1000000000", "3600000000", "1000000000", "0"]]
-            call = ["EVALSHA", known, "3", "{b}a", "{b}b", "{b}c", *rule[0], *rule[0], *rule[1], "0", "0", "0"]
+            call = ["EVALSHA", known, "3", "{b}a", "{b}b", "{b}c", *rule[0], *rule[0], *rule[1], *["0"] * 6]
             bare = ["redis-benchmark", "-p", str(port), "-c", "1", "-n", "20000", "--csv", *call]
             # Where the proxies stand.
             pin = lambda: os.sched_setaffinity(0, {self.proxy_core})

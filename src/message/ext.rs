@@ -131,6 +131,9 @@ pub struct Principal {
 pub struct Session {
     /// The SHA-256 digest of its id in 64 hexadecimal digits, with a domain of its own. Good for a key of a store.
     pub id: Arc<str>,
+    /// Whether it is kept from an earlier request. One that begins with this request, or that nobody can look up, is
+    /// anybody's: who counts by it would let everybody through who shows none.
+    pub known: bool,
 }
 
 impl Session {

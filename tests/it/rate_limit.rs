@@ -282,9 +282,15 @@ routes:
     assert_eq!(ask("/header", "x-tenant: a\r\n").await, 429);
     assert_eq!(ask("/header", "").await, 200, "without it, by address");
     assert_eq!(ask("/header", "").await, 429);
+    assert_eq!(ask("/header", "x-tenant: d\r\nx-tenant: e\r\n").await, 429, "nor with two");
     assert_eq!(ask("/query?user=a%62", "").await, 200);
     assert_eq!(ask("/query?x&us%65r=ab", "").await, 429);
     assert_eq!(ask("/query?user=b", "").await, 200);
+    assert_eq!(ask("/query?user=c+d", "").await, 200);
+    assert_eq!(ask("/query?user=c%20d", "").await, 429, "a form's space");
+    assert_eq!(ask("/query?user=x1&user=ab", "").await, 200, "two that differ: by address");
+    assert_eq!(ask("/query?user=x2&user=ab", "").await, 429, "who makes one up gains nothing");
+    assert_eq!(ask("/header", "x-tenant: c\r\nx-tenant: c\r\n").await, 200);
     assert_eq!(ask("/bots/1/x", "").await, 200);
     assert_eq!(ask("/bots/2/x", "").await, 200);
     assert_eq!(ask("/bots/1/x", "").await, 429);
@@ -292,7 +298,7 @@ routes:
     assert_eq!(ask("/global", &from("192.0.2.2")).await, 429);
 
     assert_eq!(remaining(&proxy, "/rate-limits/one?route=/header&key=b").await, 0);
-    assert_eq!(remaining(&proxy, "/rate-limits/one?route=/header&key=c").await, 1);
+    assert_eq!(remaining(&proxy, "/rate-limits/one?route=/header&key=never").await, 1);
     let reset = proxy.admin_delete("/rate-limits/one?route=/header&key=b").await;
     assert_eq!(reset.json()["counters"][0]["memory"]["remaining"], 1, "{}", reset.text());
     assert_eq!(ask("/header", "x-tenant: b\r\n").await, 200);
@@ -430,7 +436,7 @@ async fn the_places_of_a_replica_that_dies_come_back() {
     let (_held, _) = backend.accept_head().await;
     assert_eq!(other.get("/").await.status(), 429);
     // Its lease outlives it for as long as it would have been renewed in.
-    let key = redis.keys().await.into_iter().find(|key| key.contains("in_flight")).unwrap();
+    let key = redis.keys().await.into_iter().find(|key| key.contains("-now-")).unwrap();
     one.signal(rustix::process::Signal::KILL);
     one.exit().await;
     assert_eq!(other.get("/").await.status(), 429, "nobody knows yet");
@@ -626,4 +632,65 @@ routes:
     assert_eq!(proxy.get("/small").await.status(), 200);
     assert_eq!(proxy.get("/small").await.status(), 429);
     assert_eq!(proxy.get("/large").await.status(), 200, "another limit of the same counter");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_one_after_the_other_never_waits_for_its_own_place() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let proxy =
+        Proxy::before(&backend.url(), &file("[{ name: one, key: ip, limit: 1, cost: in_flight }]", &with(&redis)))
+            .await;
+    connected(&proxy).await;
+    let mut client = proxy.connect().await;
+    for n in 0..2000 {
+        client.send(get("")).await;
+        assert_eq!(client.answer().await.status(), 200, "{n}");
+    }
+    eventually("nothing to be in flight", async || remaining(&proxy, "/rate-limits/one?key=127.0.0.1").await == 1)
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_places_of_many_live_streams_outlive_their_leases() {
+    let (redis, backend) = (Redis::start().await, Backend::start().await);
+    let road = Slow::before(redis.address()).await;
+    let rules = "[{ name: one, key: 'header:x-user', limit: 1, cost: in_flight }]";
+    let proxy =
+        Proxy::before(&backend.url(), &file(rules, &format!("redis: {{ url: \"{}\", timeout: 5s }}", road.url())))
+            .await;
+    connected(&proxy).await;
+    let mut held = Vec::new();
+    for n in 0..100 {
+        let mut client = proxy.connect().await;
+        client.send(get(&format!("x-user: {n}\r\n"))).await;
+        held.push((client, backend.accept_head().await));
+    }
+    let alive = async || {
+        let count = "local n = 0 for _, k in ipairs(redis.call('KEYS', '*-now-*')) do \
+                     n = n + redis.call('ZCOUNT', k, redis.call('TIME')[1] * 1000000, '+inf') end return n";
+        redis.command(&["EVAL", count, "0"]).await.trim_start_matches(':').trim().parse::<u32>().unwrap()
+    };
+    assert_eq!(alive().await, 100);
+    // One after the other, a round of renewals would take longer than a lease lives.
+    road.set_delay(Duration::from_millis(250));
+    sleep(Duration::from_secs(22)).await;
+    assert_eq!(alive().await, 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_no_session_is_counted_by_address() {
+    let backend = Recorder::ok().await;
+    let settings = "
+defaults: { session: {} }
+routes: [{ upstream: api, rate_limit: [{ name: few, key: session, limit: 2/h }] }]
+";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    let first = proxy.ask(get("")).await;
+    let cookie = first.head.get("set-cookie").unwrap().split(';').next().unwrap().to_owned();
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+    assert_eq!(proxy.ask(get("")).await.status(), 429, "whoever begins a session is the same one");
+    let of_session = get(&format!("cookie: {cookie}\r\n"));
+    assert_eq!(proxy.ask(&of_session).await.status(), 200);
+    assert_eq!(proxy.ask(&of_session).await.status(), 200);
+    assert_eq!(proxy.ask(&of_session).await.status(), 429);
 }

@@ -234,3 +234,21 @@ async fn what_holds_without_redis_is_as_configured() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_waits_once_for_all_of_its_policies() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let file = format!("{}defaults: {{ session: {{}} }}\n", settings(&redis.url(), "", WIDE).replace("50ms", "1s"));
+    let proxy = Proxy::before(&backend.url(), &file).await;
+    up(&proxy).await;
+    assert_eq!(proxy.get("/").await.status(), 200);
+    redis.pause();
+    let started = Instant::now();
+    assert_eq!(proxy.get("/").await.status(), 200);
+    figure(&format!(
+        "session and limits wait {} for a Redis that hangs, with a deadline of 1 s",
+        ms(started.elapsed())
+    ));
+    assert!(started.elapsed() < Duration::from_millis(1900));
+    redis.resume();
+}

@@ -12,7 +12,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -142,8 +142,18 @@ struct Shared {
     redis: Redis,
     refused: Memory<Key, Refused>,
     replicas: AtomicU32,
-    leases: Mutex<HashMap<Key, (Quota, HashSet<u64>)>>,
+    leases: Mutex<HashMap<Key, Leases>>,
     unsettled: mpsc::Sender<Unsettled>,
+}
+
+/// Those that this replica has of one counter.
+#[derive(Default)]
+struct Leases {
+    per: f64,
+    held: HashSet<u64>,
+    /// Those that have ended, and are still to be taken out: the next request with the same counter does that before it
+    /// looks, so that nobody is refused for what itself has just ended.
+    ended: Vec<u64>,
 }
 
 /// What is still to be done behind a request.
@@ -227,7 +237,12 @@ impl State {
             *known = Arc::downgrade(&shared);
             let mut tasks = self.tasks.lock();
             while tasks.try_join_next().is_some() {}
-            let keeper = Keeper { redis: redis.clone(), id: unique(), shared: Arc::downgrade(&shared) };
+            let keeper = Keeper {
+                redis: redis.clone(),
+                id: unique(),
+                shared: Arc::downgrade(&shared),
+                connects: AtomicU64::default(),
+            };
             tasks.spawn(keeper.run(left, self.end.subscribe()));
             shared
         });
@@ -450,7 +465,14 @@ impl Shared {
                 u64::from(*shadow),
             ]);
         }
-        args.extend(&leases);
+        let mut ended = Vec::new();
+        for (one, lease) in asked.iter().zip(&leases) {
+            if *lease != 0 {
+                self.ended(&one.key, &mut ended);
+            }
+            args.extend([*lease, ended.len() as u64]);
+            args.append(&mut ended);
+        }
         let keys: Vec<Key> = asked.iter().map(|one| one.key.clone()).collect();
         let answer = self.redis.run(&TAKE, &keys, &args[..]).await;
         let answer: Vec<i64> = answer.inspect_err(|_| self.give_back(asked, &leases))?;
@@ -494,19 +516,28 @@ impl Shared {
         for ((one, verdict), lease) in asked.iter().zip(&decision.verdicts).zip(leases) {
             if *lease != 0 && verdict.fits {
                 let mut all = self.leases.lock();
-                let (_, of) = all.entry(one.key.clone()).or_insert_with(|| (one.demand.quota, HashSet::new()));
-                of.insert(*lease);
+                let of = all.entry(one.key.clone()).or_default();
+                of.per = one.demand.quota.per;
+                of.held.insert(*lease);
             }
         }
     }
 
+    /// Notes that a lease has ended.
     fn let_go(&self, taken: &Taken) {
         let mut all = self.leases.lock();
-        if let Some((_, of)) = all.get_mut(&taken.key) {
-            of.remove(&taken.lease);
-            if of.is_empty() {
-                all.remove(&taken.key);
-            }
+        let of = all.entry(taken.key.clone()).or_default();
+        of.held.remove(&taken.lease);
+        of.ended.push(taken.lease);
+    }
+
+    /// Takes the leases that have ended.
+    fn ended(&self, key: &Key, into: &mut Vec<u64>) {
+        let mut all = self.leases.lock();
+        let Some(of) = all.get_mut(key) else { return };
+        into.append(&mut of.ended);
+        if of.held.is_empty() {
+            all.remove(key);
         }
     }
 
@@ -522,15 +553,22 @@ impl Shared {
         }
     }
 
-    /// The leases as they are, in parts.
-    fn held(&self) -> Vec<(Key, Quota, Vec<u64>)> {
-        let all = self.leases.lock();
-        let mut parts = Vec::new();
-        for (key, (quota, of)) in &*all {
-            let of: Vec<u64> = of.iter().copied().collect();
-            parts.extend(of.chunks(RENEWED).map(|part| (key.clone(), *quota, part.to_vec())));
+    /// Notes that a lease was taken out that had ended, or that nobody can do that now.
+    fn taken_out(&self, key: &Key, lease: u64) {
+        let mut all = self.leases.lock();
+        let Some(of) = all.get_mut(key) else { return };
+        of.ended.retain(|ended| *ended != lease);
+        if of.held.is_empty() && of.ended.is_empty() {
+            all.remove(key);
         }
-        parts
+    }
+
+    /// Those that are held of a counter, in parts, each with how long a lease lives.
+    fn held(&self, key: &Key) -> Vec<Vec<u64>> {
+        let all = self.leases.lock();
+        let Some(Leases { per, held, .. }) = all.get(key) else { return Vec::new() };
+        let held: Vec<u64> = held.iter().copied().collect();
+        held.chunks(RENEWED).map(|part| iter::once(whole(*per)).chain(part.iter().copied()).collect()).collect()
     }
 }
 
@@ -546,6 +584,8 @@ struct Keeper {
     redis: Redis,
     id: u64,
     shared: Weak<Shared>,
+    /// How often there was another connection when it was looked last.
+    connects: AtomicU64,
 }
 
 impl Keeper {
@@ -557,7 +597,10 @@ impl Keeper {
                 biased;
                 // What was sent before is still received.
                 () = async { drop(end.wait_for(|end| *end).await) }, if !left.is_closed() => left.close(),
-                () = sleep_until(due) => due = Instant::now() + self.live().await,
+                () = sleep_until(due) => {
+                    let begun = Instant::now();
+                    due = begun + self.live().await;
+                }
                 count = left.recv_many(&mut batch, AT_ONCE) => {
                     if count == 0 {
                         break;
@@ -574,10 +617,18 @@ impl Keeper {
         let alive = self.alive(MISSED).await;
         let (Ok(replicas), Some(shared)) = (alive, self.shared.upgrade()) else { return AGAIN };
         shared.replicas.store(replicas, Ordering::Relaxed);
-        // In this task, so that nothing is renewed whose end is on its way.
-        for (key, quota, leases) in shared.held() {
-            let args: Vec<u64> = iter::once(whole(quota.per)).chain(leases).collect();
-            log(self.redis.run(&RENEW, &[key], &args[..]).await);
+        // What a Redis has lost that was connected to anew it gets once more. Else what is there is renewed, and what
+        // ends meanwhile is not brought back.
+        let connects = self.redis.figures().reconnects;
+        let lost = u64::from(self.connects.swap(connects, Ordering::Relaxed) != connects);
+        let keys: Vec<Key> = shared.leases.lock().keys().cloned().collect();
+        for keys in keys.chunks(AT_ONCE) {
+            let renew = keys.iter().flat_map(|key| shared.held(key).into_iter().map(move |args| (key, args)));
+            join_all(renew.map(async |(key, mut args)| {
+                args.insert(1, lost);
+                log(self.redis.run(&RENEW, std::slice::from_ref(key), &args[..]).await);
+            }))
+            .await;
         }
         ALIVE
     }
@@ -609,8 +660,17 @@ impl Keeper {
         let Taken { key, quota: Quota { algorithm, limit, per, .. }, at, lease, .. } = taken;
         let number = |amount: f64| i64::try_from(whole(amount)).unwrap_or(i64::MAX);
         let change = if change < 0.0 { -number(-change) } else { number(change) };
-        let (code, lease) = (i64::from(code(algorithm)), i64::try_from(lease).unwrap_or(i64::MAX));
-        let args = [code, change, number(at), number(limit), number(per), lease];
-        log(self.redis.run(&SETTLE, &[key], &args[..]).await);
+        let args = [
+            code(algorithm).into(),
+            change,
+            number(at),
+            number(limit),
+            number(per),
+            i64::try_from(lease).unwrap_or(i64::MAX),
+        ];
+        log(self.redis.run(&SETTLE, std::slice::from_ref(&key), &args[..]).await);
+        if let (true, Some(shared)) = (lease != 0, self.shared.upgrade()) {
+            shared.taken_out(&key, lease);
+        }
     }
 }

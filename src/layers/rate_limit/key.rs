@@ -1,6 +1,6 @@
 //! Whose counter a request uses.
 
-use std::fmt::Write;
+use std::{borrow::Cow, fmt::Write};
 
 use http::{Uri, request::Parts};
 use ring::digest::{Context, SHA256};
@@ -25,11 +25,11 @@ pub(super) fn write(part: &KeyPart, route: &str, head: &Parts, out: &mut String)
             Some(principal) => return id(&principal.id, out),
             None => None,
         },
-        KeyPart::Session => match head.extensions.get::<Session>() {
+        KeyPart::Session => match head.extensions.get::<Session>().filter(|session| session.known) {
             Some(session) => return put(out, format_args!("session={}", session.id)),
             None => None,
         },
-        KeyPart::Header(name) => head.headers.get(name).map(|value| value.as_bytes().into()),
+        KeyPart::Header(name) => only(head.headers.get_all(name).iter().map(|value| value.as_bytes().into())),
         KeyPart::Query(name) => parameter(&head.uri, name),
         KeyPart::Path(name) => head
             .extensions
@@ -100,8 +100,24 @@ fn digest(part: &KeyPart, value: &[u8], out: &mut String) {
     }
 }
 
-fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<std::borrow::Cow<'a, [u8]>> {
-    let mut pairs = uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    let (_, value) = pairs.find(|(known, _)| *decode(known.as_bytes()) == *name.as_bytes())?;
-    Some(decode(value.as_bytes()))
+fn parameter<'a>(uri: &'a Uri, name: &str) -> Option<Cow<'a, [u8]>> {
+    let pairs = uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let own = pairs.filter(|(known, _)| *form_decoded(known) == *name.as_bytes());
+    only(own.map(|(_, value)| form_decoded(value)))
+}
+
+/// As forms are read: a `+` is a space.
+fn form_decoded(text: &str) -> Cow<'_, [u8]> {
+    if text.contains('+') {
+        Cow::Owned(decode(text.replace('+', " ").as_bytes()).into_owned())
+    } else {
+        decode(text.as_bytes())
+    }
+}
+
+/// The value that all have. Where they differ it cannot be said which one the backend takes, and so who chooses them
+/// must not choose a counter.
+fn only<'a>(mut values: impl Iterator<Item = Cow<'a, [u8]>>) -> Option<Cow<'a, [u8]>> {
+    let first = values.next()?;
+    values.all(|value| value == first).then_some(first)
 }

@@ -105,9 +105,9 @@ impl Compiled {
         let way = match quota.algorithm {
             window::Algorithm::SlidingWindow => "window",
             window::Algorithm::TokenBucket => "bucket",
-            window::Algorithm::InFlight => "in_flight",
+            window::Algorithm::InFlight => "now",
         };
-        let rest = format!("{}:{way}-{}:", rule.name, window::whole(quota.per) / 1000);
+        let rest = format!("{}:{}-{way}-{}:", rule.name, rule.cost.as_str(), window::whole(quota.per) / 1000);
         Self {
             name: rule.name.as_str().into(),
             key: rule.key.iter().cloned().collect(),
@@ -289,7 +289,13 @@ impl Gate {
             self.metrics.remembered.inc();
             return Err(self.refuse(head, &rules, &decision.verdicts).into());
         }
-        let answer = match self.counters.take(&asked).await {
+        let exchange = head.extensions.get::<Exchange>();
+        let answer = if exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
+            Err(Failure::Unavailable)
+        } else {
+            self.counters.take(&asked).await
+        };
+        let answer = match answer {
             Ok(answer) => answer,
             Err(failure) => {
                 self.metrics.store_failure.inc();
@@ -365,10 +371,10 @@ impl RateLimitLayer {
     /// The limits of the route of this name. With a Redis it needs a tokio runtime.
     #[must_use]
     pub fn new(config: &Config, route: &str, state: &State, redis: Option<&Redis>, metrics: &Metrics) -> Self {
-        let scope = config.scope.as_deref().unwrap_or(route);
+        let scope = config.scope.as_ref().map_or_else(|| format!("route={route}"), |scope| format!("scope={scope}"));
         let gate = Gate {
             route: route.into(),
-            rules: config.rules.iter().map(|rule| Compiled::new(rule, route, scope, redis, metrics)).collect(),
+            rules: config.rules.iter().map(|rule| Compiled::new(rule, route, &scope, redis, metrics)).collect(),
             counters: state.counters(redis),
             on_store_failure: config.on_store_failure,
             styles: Styles { legacy: config.legacy_headers, openai: config.openai_headers },

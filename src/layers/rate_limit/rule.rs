@@ -102,7 +102,7 @@ pub struct Rule {
     pub name: String,
     /// What is counted apart: `global` (nothing), `route`, `ip` (an IPv6 address by its /64), `principal`,
     /// `session`, `header:NAME`, `query:NAME`, `path:NAME` (a parameter of the path), or a list of these. Where a request has none,
-    /// its address stands in.
+    /// or several that differ, its address stands in; so it does for the request that begins a session.
     pub key: OneOrMany<KeyPart>,
     /// How much: `100/min`, `20/5s`, of bytes also `10MiB/h`; with `cost: in_flight` a number.
     pub limit: Limit,
@@ -528,7 +528,7 @@ impl Rule {
             if amount.count == 0 {
                 problems.add(key, "must be at least 1");
             } else if amount.count > MAX_LIMIT {
-                problems.add(key, format!("is {amount}: must be at most 1PiB"));
+                problems.add(key, format!("is {amount}: must be at most 1024TiB"));
             }
             if amount.is_size && *cost != Cost::Bytes {
                 problems.add(key, format!("is {amount}, a size: only `cost: bytes` counts bytes"));

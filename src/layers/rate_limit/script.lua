@@ -1,19 +1,23 @@
 -- Asks several limits in one step: see window.rs, of which this is the same in Lua.
 --
 -- KEYS: the counters. ARGV, six for each: the algorithm (0 sliding window, 1 token bucket, 2 in flight), cost, limit,
--- per in microseconds, burst, 1 for a shadow. ARGV after those: a lease for each.
+-- per in microseconds, burst, 1 for a shadow. ARGV after those: for each its lease, how many leases have ended, and those.
 -- Answers {passes, now, then for each: fits, remaining, reset and wait in microseconds (-1: unknown)}.
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local rules, passes = {}, 1
+local next = #KEYS * 6 + 1
 
 for i, key in ipairs(KEYS) do
   local a = (i - 1) * 6
   local rule = {
     key = key, algorithm = ARGV[a + 1], cost = tonumber(ARGV[a + 2]), limit = tonumber(ARGV[a + 3]),
-    per = tonumber(ARGV[a + 4]), burst = tonumber(ARGV[a + 5]), lease = ARGV[#KEYS * 6 + i], wait = -1,
+    per = tonumber(ARGV[a + 4]), burst = tonumber(ARGV[a + 5]), lease = ARGV[next], wait = -1,
   }
+  local ended = tonumber(ARGV[next + 1])
+  for n = next + 2, next + 1 + ended do redis.call('ZREM', key, ARGV[n]) end
+  next = next + 2 + ended
   if rule.algorithm == '0' then
     rule.most, rule.index = rule.limit, math.floor(now / rule.per)
     rule.before, rule.taken = 0, 0
@@ -61,7 +65,7 @@ end
 local answer = {passes, now}
 for _, rule in ipairs(rules) do
   local left = rule.most - rule.used
-  if passes == 1 and rule.fits then
+  if passes == 1 and rule.fits and rule.cost > 0 then
     left = left - rule.cost
     if rule.algorithm == '0' then
       local value = string.format('%.0f %.0f %.0f', rule.index, rule.before, rule.taken + rule.cost)

@@ -244,7 +244,11 @@ pub fn take(counters: &mut [Option<Counter>], demands: &[Demand], now: f64) -> D
     let mut verdicts: Vec<_> = counters.iter().zip(demands).map(verdict).collect();
     let passes = verdicts.iter().zip(demands).all(|(verdict, demand)| verdict.fits || demand.shadow);
     let used = counters.iter_mut().zip(&mut verdicts).zip(demands);
-    for ((counter, verdict), Demand { quota, cost, .. }) in used.filter(|((_, verdict), _)| passes && verdict.fits) {
+    // Who asks for nothing only looks.
+    let is_used = |verdict: &Verdict, demand: &Demand| passes && verdict.fits && demand.cost > 0.0;
+    for ((counter, verdict), Demand { quota, cost, .. }) in
+        used.filter(|((_, verdict), demand)| is_used(verdict, demand))
+    {
         *verdict = quota.verdict(quota.bring(*counter, now), *cost, *cost, now);
         *counter = Some(quota.settle(*counter, *cost, now, now));
     }

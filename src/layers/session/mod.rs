@@ -77,7 +77,7 @@ use crate::{
         BoxError, Connection, Error, Kind, Principal, Request, Session,
         headers::{X_SESSION_ID, remove_alike},
     },
-    store::Redis,
+    store::{Failure, Redis},
     telemetry::{Exchange, Metrics, metrics::SessionMetrics},
 };
 
@@ -250,20 +250,23 @@ struct Entered {
     new: bool,
     /// Whether the client should be given its cookie again.
     stale: bool,
+    /// What kept the store from being asked for it.
+    failed: Option<Failure>,
 }
 
 impl Desk {
     /// Finds or makes the session of a request, and lets the request say so. What the client has to be told of it.
     async fn enter(&self, head: &mut http::request::Parts) -> Result<Told, Error> {
         let principal = head.extensions.get().map(|principal: &Principal| principal.id.clone());
-        let Entered { id, new, stale } = self.session_of(&head.headers, principal.as_ref()).await?;
+        let Entered { id, new, stale, failed } = self.session_of(&head.headers, principal.as_ref()).await?;
         self.pass_on(&mut head.headers, &id);
-        let session = Session { id: id.digest().hex().into() };
+        let session = Session { id: id.digest().hex().into(), known: !new && failed.is_none() };
         let exchange = head.extensions.get::<Exchange>();
         let https = match exchange {
             Some(exchange) => {
                 let mut facts = exchange.facts();
                 facts.session = Some(session.clone());
+                facts.store_unanswered |= failed == Some(Failure::Timeout);
                 facts.https
             }
             None => head.extensions.get::<Connection>().is_some_and(Connection::tls),
@@ -284,7 +287,8 @@ impl Desk {
         shown.truncate(TRIES);
         let mut why = &self.metrics.new;
         for (Shown { id, given }, in_cookie) in shown {
-            match self.keeper.find(&id, principal).await {
+            let found = self.keeper.find(&id, principal).await;
+            match found {
                 Ok(Found::Known) => self.metrics.known.inc(),
                 Err(_) => self.metrics.unkept.inc(),
                 Ok(Found::Unknown) => {
@@ -296,24 +300,22 @@ impl Desk {
                     continue;
                 }
             };
-            return Ok(Entered { id, new: false, stale: in_cookie && self.is_stale(given, unix_now()) });
+            let stale = in_cookie && self.is_stale(given, unix_now());
+            return Ok(Entered { id, new: false, stale, failed: found.err() });
         }
         let id = Id::new().ok_or_else(|| Error::new(Kind::Internal, "the system has no random bits"))?;
-        match self.keeper.begin(&id, principal).await {
-            Ok(()) => why.inc(),
-            Err(_) => self.metrics.unkept.inc(),
-        };
-        Ok(Entered { id, new: true, stale: false })
+        let begun = self.keeper.begin(&id, principal).await;
+        if begun.is_ok() { why } else { &self.metrics.unkept }.inc();
+        Ok(Entered { id, new: true, stale: false, failed: begun.err() })
     }
 
     /// What the request shows, and whether it does in its cookie.
     fn shown(&self, headers: &HeaderMap) -> Vec<(Shown, bool)> {
         let mut in_field = self.header.iter().flat_map(|name| headers.get_all(name));
-        if let Some(id) = in_field.next().and_then(|value| Id::parse(value.as_bytes().trim_ascii())) {
-            return vec![(Shown { id, given: None }, false)];
-        }
-        let cookie = self.cookie.iter();
-        cookie.flat_map(|cookie| cookie::find(headers, &cookie.name)).map(|shown| (shown, true)).collect()
+        let in_field = in_field.next().and_then(|value| Id::parse(value.as_bytes().trim_ascii()));
+        let in_field = in_field.map(|id| (Shown { id, given: None }, false));
+        let cookies = self.cookie.iter().flat_map(|cookie| cookie::find(headers, &cookie.name));
+        in_field.into_iter().chain(cookies.map(|shown| (shown, true))).collect()
     }
 
     /// Whether half of the time is over for which the client was given its cookie.
