@@ -270,6 +270,9 @@ const LINGER: u8 = 4;
 const UPGRADED: u8 = 8;
 /// HTTP/2: a stream of this connection became a tunnel.
 const CONNECTED: u8 = 16;
+/// HTTP/2: more than one of its frames was handed over at once. The end of a response may lie in h2, until the client
+/// opens its window, when the response is long over for us.
+pub(super) const LARGE: u8 = 128;
 /// The tunnel has let go of the socket.
 const CLOSED: u8 = 32;
 /// The tunnel must end.
@@ -821,6 +824,8 @@ enum Ending {
     Fresh,
     /// `Connection: close` or GOAWAY is said; requests in flight go on.
     Told,
+    /// The same, because nothing was asked for too long. A client of HTTP/2 may have yet to take the end of a response.
+    Rested,
     /// The answer is sent and the rest of its request is thrown away.
     Lingering,
 }
@@ -992,7 +997,7 @@ impl<H: Handler> Future for Serve<H> {
                 this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
                 *this.waker = None;
             }
-            if matches!(this.ending, Ending::No | Ending::Fresh) && this.shared.drain.has_begun() {
+            if matches!(this.ending, Ending::No | Ending::Fresh | Ending::Rested) && this.shared.drain.has_begun() {
                 // After the poll above, so that a request which lay in the socket is answered and not lost.
                 if this.state.close() {
                     *this.ending = Ending::Told;
@@ -1022,7 +1027,7 @@ impl<H: Handler> Future for Serve<H> {
             match look(this.state, this.watch, &this.shared.timing, *this.head, *this.ending) {
                 Look::Again(at) => this.timer.as_mut().reset(at),
                 Look::Close => {
-                    *this.ending = Ending::Told;
+                    *this.ending = Ending::Rested;
                     this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
                     this.state.close();
                 }
@@ -1056,10 +1061,13 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
         Ending::Fresh => return Look::Drop("drain"),
         Ending::Lingering => return Look::Drop("the rest of a request was too long"),
         // The client has to say something between GOAWAY and the end; a tunnel in a stream ends by itself.
-        Ending::Told if is_busy || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
-        Ending::Told if head.is_none() && now >= watch.ended() + CLOSE_GRACE => return Look::Drop("slow to close"),
-        Ending::Told if head.is_none() => return Look::Again(watch.ended() + CLOSE_GRACE),
-        Ending::Told | Ending::No => {}
+        Ending::Told | Ending::Rested if is_busy || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
+        Ending::Told | Ending::Rested if head.is_none() => {
+            let rests = ending == Ending::Rested && watch.is(LARGE);
+            let due = watch.ended() + if rests { keepalive + idle } else { CLOSE_GRACE };
+            return if now >= due { Look::Drop("slow to close") } else { Look::Again(due) };
+        }
+        Ending::Told | Ending::Rested | Ending::No => {}
     }
     if is_busy {
         // Not before this can a silence that begins now be over.

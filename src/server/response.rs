@@ -25,7 +25,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
 use super::{
-    connection::{InFlight, RESET},
+    connection::{InFlight, LARGE, RESET},
     streams::asked,
 };
 use crate::message::BoxError;
@@ -37,6 +37,9 @@ const WRITING: Duration = Duration::from_millis(100);
 /// The most that is handed to HTTP/2 at a time: under `idle: 30s` a client may read as slowly as 2.2 kB/s. Pieces as large
 /// as HTTP/2's frames, 16 KiB, would make a response of 64 KiB 6 % more expensive.
 const PIECE: usize = 64 << 10;
+
+/// HTTP/2's own frames, as large as any client takes (RFC 9113 §4.2).
+const FRAME: usize = 16 << 10;
 
 pin_project_lite::pin_project! {
     /// A response's body, in flight until it is dropped.
@@ -92,6 +95,9 @@ impl<B: HttpBody<Data = Bytes, Error: Into<BoxError>>> HttpBody for Outbound<B> 
                 Poll::Ready(Some(Err(error))) => error.into(),
                 Poll::Ready(Some(Ok(frame))) => {
                     let frame = if *this.http2 { first_piece(frame, this.rest) } else { frame };
+                    if *this.http2 && frame.data_ref().is_some_and(|data| data.len() > FRAME) {
+                        this.in_flight.watch().set(LARGE);
+                    }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Poll::Ready(None) => {

@@ -60,6 +60,7 @@ pub struct Asked {
 
 /// The facts themselves. All are absent until a layer writes them.
 #[derive(Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub struct Facts {
     /// The client's address, found through trusted proxies.
     pub client_ip: Option<IpAddr>,

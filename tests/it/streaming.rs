@@ -414,7 +414,7 @@ async fn what_arrived_before_a_break_reaches_a_client_that_is_slow_to_read_it() 
         let sent = timeout(Duration::from_millis(300), &mut sending).await.is_ok();
         let rest = async {
             if !sent {
-                sending.await
+                sending.await;
             }
         };
         let ((arrived, _), ()) = tokio::join!(client.rest(), rest);
