@@ -23,7 +23,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering},
     },
     task::{Context, Poll, Waker, ready},
     time::Duration,
@@ -252,7 +252,7 @@ pub(super) struct Watch {
     ended: AtomicU64,
     /// Since when the client takes nothing of what is written, in microseconds from `accepted`; 0 while it does.
     stalled: AtomicU64,
-    flags: AtomicU8,
+    flags: AtomicU16,
     /// The connection's task while it owns a tunnel.
     owner: AtomicWaker,
     /// The tunnel's task.
@@ -261,31 +261,31 @@ pub(super) struct Watch {
 }
 
 /// Bytes came while no request was in flight: a head has begun.
-const READ: u8 = 1;
+const READ: u16 = 1;
 /// The response is ended by the connection's end, and broke off: the end must not look like one (HTTP/1.0).
-pub(super) const RESET: u8 = 2;
+pub(super) const RESET: u16 = 2;
 /// The reader throws away what is left of a request body.
-const LINGER: u8 = 4;
+const LINGER: u16 = 4;
 /// HTTP/1.1: the connection becomes, or is, a tunnel.
-const UPGRADED: u8 = 8;
+const UPGRADED: u16 = 8;
 /// HTTP/2: a stream of this connection became a tunnel.
-const CONNECTED: u8 = 16;
+const CONNECTED: u16 = 16;
+/// The tunnel has let go of the socket.
+const CLOSED: u16 = 32;
+/// The tunnel must end.
+const CUT: u16 = 64;
+/// The last request's body was let go of before its end.
+const UNREAD: u16 = 128;
 /// HTTP/2: more than one of its frames was handed over at once. The end of a response may lie in h2, until the client
 /// opens its window, when the response is long over for us.
-pub(super) const LARGE: u8 = 128;
-/// The tunnel has let go of the socket.
-const CLOSED: u8 = 32;
-/// The tunnel must end.
-const CUT: u8 = 64;
-/// The last request's body was let go of before its end.
-const UNREAD: u8 = 128;
+pub(super) const LARGE: u16 = 256;
 
 impl Watch {
-    fn is(&self, flag: u8) -> bool {
+    fn is(&self, flag: u16) -> bool {
         self.flags.load(Ordering::Acquire) & flag != 0
     }
 
-    pub(super) fn set(&self, flag: u8) {
+    pub(super) fn set(&self, flag: u16) {
         self.flags.fetch_or(flag, Ordering::AcqRel);
     }
 
@@ -848,7 +848,7 @@ impl<H: Handler> Serve<H> {
             requests: AtomicU32::new(0),
             ended: AtomicU64::new(0),
             stalled: AtomicU64::new(0),
-            flags: AtomicU8::new(0),
+            flags: AtomicU16::new(0),
             owner: AtomicWaker::new(),
             tunnel: AtomicWaker::new(),
             _open: open,
