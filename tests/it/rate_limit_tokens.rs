@@ -173,6 +173,8 @@ async fn all_shapes_are_charged_and_logged() {
         ("application/json", json!({ "text": "x".repeat(79) }).to_string(), 200, (50, 22)),
         ("application/json", "{}".to_owned(), 500, (0, 0)),
         ("text/event-stream", delta("a") + &delta("b"), 200, (50, 2)),
+        // A backend that was not asked to, and does.
+        ("text/event-stream\r\ncontent-encoding: gzip", "x".repeat(80), 200, (50, 20)),
     ];
     let mut expected = 100_000;
     for (kind, body, status, (input, output)) in cases {

@@ -8,8 +8,8 @@
 //! After: what the response reports ([`Meter`]). A streamed answer of OpenAI's completions reports only if it is asked
 //! to: where the client has not (`stream_options.include_usage`), sidegate asks, and takes out the one event that it was
 //! not meant to see. A stream that breaks off, or is left, used its input and an output token for each of its events; an
-//! answer that reports nothing used its input and a token for four bytes; an error used nothing. Answers come without a
-//! content coding, in which nothing could be read: `Accept-Encoding` is taken away.
+//! answer that reports nothing, or cannot be read, used its input and a token for four bytes; an error used nothing.
+//! Answers come without a content coding, in which nothing could be read: `Accept-Encoding` is taken away.
 
 use std::{fmt, io};
 
@@ -281,13 +281,14 @@ impl Reading {
 
     /// What was used, as far as anybody knows.
     pub(super) fn usage(&self) -> Usage {
+        let reads = self.meter.is_some();
         let (reported, events) = self.meter.as_ref().map_or((None, 0), |meter| (meter.usage(), meter.content_events()));
         match reported {
             Some(usage) if self.whole => usage,
             // What it reported at its start is not all.
             Some(usage) => Usage { input: usage.input, output: usage.output.max(events) },
             None if self.failed => Usage::default(),
-            None if events > 0 || self.is_stream => Usage { input: self.estimate.input, output: events },
+            None if events > 0 || self.is_stream && reads => Usage { input: self.estimate.input, output: events },
             None => Usage { input: self.estimate.input, output: self.sent / BYTES_PER_TOKEN },
         }
     }
