@@ -1,13 +1,16 @@
 //! How much each may use: exactly, over replicas, and told truthfully.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    mem,
+    time::{Duration, SystemTime},
+};
 
 use serde_json::{Value, json};
 use sidegate::{
     layers::rate_limit::{
         State,
         counters::Asked,
-        window::{self, Algorithm, Demand, Quota},
+        window::{self, Algorithm, Counter, Demand, Quota},
     },
     store,
     telemetry::Metrics,
@@ -549,7 +552,7 @@ async fn redis_counts_as_memory_does() {
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         u32::try_from(random >> 33).unwrap() % most
     };
-    let mut compared = 0;
+    let (mut compared, mut went_back) = (0, 0);
     for case in 0..150 {
         let quotas: Vec<Quota> = (0..=upto(3))
             .map(|_| {
@@ -559,13 +562,32 @@ async fn redis_counts_as_memory_does() {
             })
             .collect();
         let mut mirror = vec![None; quotas.len()];
+        let key = |n: usize| redis.key("limit", "same", &format!("{case}:{n}"));
+        let mut back = false;
         for _ in 0..=upto(20) {
+            // As if its clock had gone back since.
+            if upto(20) == 0 {
+                for (n, quota) in
+                    quotas.iter().enumerate().filter(|(_, quota)| quota.algorithm == Algorithm::SlidingWindow)
+                {
+                    let (later, before, used) = (upto(4), upto(30), upto(30));
+                    let per = quota.per;
+                    let set = format!(
+                        "local t = redis.call('TIME') local i = math.floor((t[1] * 1000000 + t[2]) / {per}) + {later} \
+                         redis.call('SET', KEYS[1], string.format('%.0f {before} {used}', i), 'PX', 1000) return i"
+                    );
+                    let index = server.command(&["EVAL", &set, "1", key(n).as_str()]).await;
+                    let index = index.trim().trim_start_matches(':').parse().unwrap();
+                    mirror[n] = Some(Counter::Window { index, before: before.into(), used: used.into() });
+                    back = true;
+                }
+            }
             let asked: Vec<Asked> = quotas
                 .iter()
                 .enumerate()
                 .map(|(n, quota)| Asked {
                     settles: false,
-                    key: redis.key("limit", "same", &format!("{case}:{n}")),
+                    key: key(n),
                     demand: Demand { quota: *quota, cost: f64::from(upto(6)).min(quota.most()), shadow: upto(5) == 0 },
                 })
                 .collect();
@@ -574,12 +596,38 @@ async fn redis_counts_as_memory_does() {
             let expected = window::take(&mut mirror, &demands, answer.at());
             assert_eq!(answer.decision, expected, "{case} {demands:?}");
             compared += 1;
+            went_back += u32::from(mem::take(&mut back));
             if upto(4) == 0 {
                 sleep(Duration::from_millis(u64::from(upto(12)))).await;
             }
         }
     }
-    figure(&format!("{compared} decisions of Redis and of memory are the same"));
+    figure(&format!("{compared} decisions of Redis and of memory are the same, {went_back} after a clock went back"));
+    assert!(went_back > 20, "{went_back}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_whose_clock_goes_back_forgets_nothing() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let settings = file(
+        "[{ name: few, key: global, limit: 3/h }, { name: data, key: global, limit: 1KiB/h, cost: bytes }]",
+        &with(&redis),
+    );
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    connected(&proxy).await;
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+    eventually("two bytes to be charged", async || remaining(&proxy, "/rate-limits/data").await == 1022).await;
+    // As if that had been in the hour to come.
+    for key in redis.keys().await.iter().filter(|key| key.contains("-window-")) {
+        let next = "local i, rest = string.match(redis.call('GET', KEYS[1]), '^(%d+)(.*)$') \
+                    return redis.call('SET', KEYS[1], string.format('%.0f', i + 1) .. rest, 'EX', 7200)";
+        redis.command(&["EVAL", next, "1", key]).await;
+    }
+    assert_eq!(remaining(&proxy, "/rate-limits/few").await, 2);
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+    eventually("four bytes to be charged", async || remaining(&proxy, "/rate-limits/data").await == 1020).await;
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+    assert_eq!(proxy.ask(get("")).await.status(), 429);
 }
 
 /// Redis answers after a while; who leaves meanwhile has taken nothing.

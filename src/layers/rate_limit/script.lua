@@ -22,15 +22,16 @@ for i, key in ipairs(KEYS) do
     rule.most, rule.index = rule.limit, math.floor(now / rule.per)
     rule.before, rule.taken = 0, 0
     local index, before, taken = string.match(redis.call('GET', key) or '', '^(%d+) (%d+) (%d+)$')
-    if index then
-      if tonumber(index) == rule.index then
-        rule.before, rule.taken = tonumber(before), tonumber(taken)
-      elseif tonumber(index) == rule.index - 1 then
-        rule.before = tonumber(taken)
-      end
+    index = tonumber(index)
+    if index and index >= rule.index then
+      -- The clock may have gone back.
+      rule.index = math.min(index, rule.index + 1)
+      rule.before, rule.taken = tonumber(before), tonumber(taken)
+    elseif index == rule.index - 1 then
+      rule.before = tonumber(taken)
     end
-    local elapsed = math.max(0, now - rule.index * rule.per)
-    rule.used = rule.before * (rule.per - elapsed) / rule.per + rule.taken
+    local elapsed = now - rule.index * rule.per
+    rule.used = rule.before * (rule.per - math.max(0, elapsed)) / rule.per + rule.taken
     rule.reset = rule.per - elapsed
     rule.fits = rule.used + rule.cost <= rule.most
     if not rule.fits then

@@ -13,13 +13,15 @@ for i, key in ipairs(KEYS) do
   if algorithm == '0' then
     local this, before, used = math.floor(now / per), 0, 0
     local index, b, u = string.match(redis.call('GET', key) or '', '^(%d+) (%d+) (%d+)$')
-    if index and tonumber(index) == this then
+    index = tonumber(index)
+    if index and index >= this then
+      this = math.min(index, this + 1)
       before, used = tonumber(b), tonumber(u)
-    elseif index and tonumber(index) == this - 1 then
+    elseif index == this - 1 then
       before = tonumber(u)
     end
     local of = math.floor(taken / per)
-    if change >= 0 or of == this then
+    if change >= 0 or of >= this then
       used = math.max(0, used + change)
     elseif of == this - 1 then
       before = math.max(0, before + change)

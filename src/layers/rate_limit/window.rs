@@ -114,9 +114,9 @@ impl Quota {
         whole(at / self.per)
     }
 
-    /// Of this window, what has passed.
-    fn elapsed(&self, now: f64) -> f64 {
-        (now - amount(self.index(now)) * self.per).max(0.0)
+    /// Of the window of this index, what has passed; below nothing where a clock that went back is still before it.
+    fn elapsed(&self, index: u64, now: f64) -> f64 {
+        now - amount(index) * self.per
     }
 
     /// The counter as it is now.
@@ -125,8 +125,10 @@ impl Quota {
             (Algorithm::SlidingWindow, counter) => {
                 let this = self.index(now);
                 match counter {
-                    Some(Counter::Window { index, before, used }) if index == this => {
-                        Counter::Window { index, before, used }
+                    // The clock may have gone back, as where another Redis takes over at the end of a window: what was
+                    // counted in the next one goes on there, and nothing of it is over. By more, it begins with that.
+                    Some(Counter::Window { index, before, used }) if index >= this => {
+                        Counter::Window { index: index.min(this + 1), before, used }
                     }
                     Some(Counter::Window { index, used, .. }) if index + 1 == this => {
                         Counter::Window { index: this, before: used, used: 0.0 }
@@ -147,7 +149,9 @@ impl Quota {
     /// How much is used at `now`, of a counter brought there.
     fn used(&self, counter: Counter, now: f64) -> f64 {
         match counter {
-            Counter::Window { before, used, .. } => before * (self.per - self.elapsed(now)) / self.per + used,
+            Counter::Window { index, before, used } => {
+                before * (self.per - self.elapsed(index, now).max(0.0)) / self.per + used
+            }
             Counter::Bucket { level, .. } => level,
             Counter::InFlight(count) => count,
         }
@@ -156,8 +160,8 @@ impl Quota {
     /// In how long there is room for `cost`, where there is none now.
     fn wait(&self, counter: Counter, cost: f64, now: f64) -> Option<f64> {
         match counter {
-            Counter::Window { before, used, .. } => {
-                let (elapsed, room) = (self.elapsed(now), self.limit - used - cost);
+            Counter::Window { index, before, used } => {
+                let (elapsed, room) = (self.elapsed(index, now), self.limit - used - cost);
                 if room >= 0.0 {
                     Some(self.per * (1.0 - room / before) - elapsed)
                 } else {
@@ -173,7 +177,7 @@ impl Quota {
 
     fn reset(&self, counter: Counter, taken: f64, now: f64) -> f64 {
         match counter {
-            Counter::Window { .. } => self.per - self.elapsed(now),
+            Counter::Window { index, .. } => self.per - self.elapsed(index, now),
             Counter::Bucket { level, .. } => (level + taken) * self.per / self.limit,
             Counter::InFlight(_) => 0.0,
         }
@@ -197,7 +201,7 @@ impl Quota {
         match self.bring(counter, now) {
             Counter::Window { index, before, used } => {
                 let of = self.index(taken);
-                if change >= 0.0 || of == index {
+                if change >= 0.0 || of >= index {
                     Counter::Window { index, before, used: (used + change).max(0.0) }
                 } else if of + 1 == index {
                     Counter::Window { index, before: (before + change).max(0.0), used }
@@ -370,6 +374,27 @@ mod tests {
         assert_eq!(quota.look(Some(late), 190.0 * SECOND).remaining, 100);
         let more = quota.settle(counter, 50.0, 10.0 * SECOND, 90.0 * SECOND);
         assert_eq!(quota.look(Some(more), 90.0 * SECOND).remaining, 10, "40 of the 80, and 50 now");
+    }
+
+    #[test]
+    fn a_clock_that_goes_back_over_a_boundary_forgets_nothing() {
+        let (quota, mut counter) = (quota(Algorithm::SlidingWindow, 10, 60), None);
+        ask(&mut counter, Demand { cost: 6.0, ..one(quota) }, 119.0 * SECOND);
+        ask(&mut counter, Demand { cost: 4.0, ..one(quota) }, 120.0 * SECOND);
+        let refused = ask(&mut counter, one(quota), 119.9 * SECOND);
+        assert!(!refused.fits);
+        assert_eq!(refused.reset, Duration::from_millis(60_100), "the end of the window that it counts in");
+        // A tenth of a second, until that window begins, and a sixth of it, until one of the six has gone.
+        assert_eq!(refused.wait, Some(Duration::from_millis(10_100) + Duration::from_micros(1)));
+        assert!(ask(&mut counter, one(quota), 130.0 * SECOND).fits);
+        let back = quota.settle(counter, -4.0, 120.0 * SECOND, 119.9 * SECOND);
+        assert_eq!(quota.look(Some(back), 119.9 * SECOND).remaining, 3, "6, and 1 of 5");
+        // By hours: what it counted holds for this window, and not for hours.
+        let long_ago = 1000.0 * SECOND;
+        let mut ahead = Some(Counter::Window { index: 999, before: 0.0, used: 9.0 });
+        assert!(ask(&mut ahead, one(quota), long_ago).fits && !ask(&mut ahead, one(quota), long_ago).fits);
+        assert!(quota.lives(ahead.unwrap(), long_ago) <= 180.0 * SECOND);
+        assert!(ask(&mut ahead, one(quota), long_ago + 180.0 * SECOND).remaining == 9);
     }
 
     #[test]
