@@ -408,7 +408,7 @@ async fn what_is_in_flight_is_given_back_however_it_ends() {
         let (held, _) = backend.accept_head().await;
         assert_eq!(left().await, 0);
         let refused = proxy.ask(get("")).await;
-        assert_eq!((refused.status(), refused.head.get("retry-after")), (429, None), "nobody knows when one ends");
+        assert_eq!((refused.status(), refused.head.get("retry-after")), (429, Some("1")), "nobody knows when one ends");
         assert_eq!(refused.head.get("ratelimit").unwrap().split(", ").next(), Some("\"two\";r=0"));
 
         upstream.send("0\r\n\r\n").await;
@@ -513,6 +513,27 @@ async fn a_flood_that_is_refused_does_not_reach_redis() {
     figure(&format!("2000 requests, 1995 refused: {asked} scripts run, {remembered} refused from memory"));
     assert!(asked < 60, "{asked}");
     assert!(remembered > 1940, "{remembered}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_from_memory_says_nothing_of_what_it_does_not_know() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let rules = "{ openai_headers: true, legacy_headers: true, rules: [
+        { name: few, key: ip, limit: 1/h }, { name: data, key: global, limit: 1000/h, cost: tokens, reserve: 100 }] }";
+    let proxy = Proxy::before(&backend.url(), &file(rules, &with(&redis))).await;
+    connected(&proxy).await;
+    assert_eq!(proxy.ask(get("")).await.status(), 200);
+    let asked = proxy.ask(get("")).await;
+    let remembered = proxy.ask(get("")).await;
+    assert_eq!(proxy.sample("sidegate_rate_limits_remembered_total{route=\"all\"}").await, 1);
+    for answer in [&asked, &remembered] {
+        assert_eq!(answer.status(), 429);
+        assert!(answer.head.get("ratelimit").unwrap().starts_with("\"few\";r=0;t="), "{answer:?}");
+        assert_eq!(answer.head.get("x-ratelimit-remaining-requests"), Some("0"));
+    }
+    assert!(asked.head.get("ratelimit").unwrap().contains("\"data\";r="), "{asked:?}");
+    assert!(!remembered.head.get("ratelimit").unwrap().contains("data"), "{remembered:?}");
+    assert_eq!(remembered.head.get("x-ratelimit-remaining-tokens"), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

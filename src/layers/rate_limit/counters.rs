@@ -275,8 +275,9 @@ impl fmt::Debug for Counters {
 }
 
 impl Counters {
-    /// What was refused lately, and cannot have become possible since: then nobody needs to be asked.
-    pub fn refused(&self, asked: &[Asked]) -> Option<Decision> {
+    /// What was refused lately, and cannot have become possible since: then nobody needs to be asked. Of the others nothing
+    /// is known.
+    pub fn refused(&self, asked: &[Asked]) -> Option<Vec<Option<Verdict>>> {
         let shared = self.shared.as_ref().filter(|shared| !shared.refused.is_empty())?;
         let now = Instant::now();
         let known = |Asked { key, demand, .. }: &Asked| {
@@ -287,19 +288,13 @@ impl Counters {
         if known.iter().all(Option::is_none) {
             return None;
         }
-        let verdict = |(known, asked): (Option<Refused>, &Asked)| match known {
-            Some(known) => Verdict {
-                fits: false,
-                remaining: 0,
-                reset: known.reset.saturating_sub(now.duration_since(known.at)),
-                wait: Some(known.until.duration_since(now)),
-            },
-            // Nothing is known of it, and nothing was used.
-            None => {
-                Verdict { fits: true, remaining: whole(asked.demand.quota.most()), reset: Duration::ZERO, wait: None }
-            }
+        let verdict = |known: Refused| Verdict {
+            fits: false,
+            remaining: 0,
+            reset: known.reset.saturating_sub(now.duration_since(known.at)),
+            wait: Some(known.until.duration_since(now)),
         };
-        Some(Decision { passes: false, verdicts: known.into_iter().zip(asked).map(verdict).collect() })
+        Some(known.into_iter().map(|known| known.map(verdict)).collect())
     }
 
     /// Asks all limits in one step, in Redis where there is one.

@@ -3,7 +3,8 @@
 //! A list of rules holds for a request. It passes only if all have room, and one that is refused has used nothing of
 //! any: all counters are asked in one step, in Redis by one script with Redis's clock ([`counters`]), by the same
 //! arithmetic in memory where there is none ([`window`]). Who is refused gets 429 with `Retry-After`, which holds true:
-//! who waits that long and is alone with its counter passes. [`headers`] has what all answers say.
+//! who waits that long and is alone with its counter passes. For what is in flight it is 1, as nobody knows when that
+//! ends. [`headers`] has what all answers say.
 //!
 //! What a request uses is 1, or something that is known only at its end: bytes, and the tokens of a language model. Then
 //! an estimate is taken before, so that many at once cannot overshoot, and what it was in truth is settled behind the
@@ -79,6 +80,9 @@ use crate::{
         metrics::{RateLimitMetrics, RuleMetrics},
     },
 };
+
+/// When to ask again where nobody knows when there is room: something in flight may end at any time.
+const SOON: Duration = Duration::from_secs(1);
 
 /// A rule, ready to be asked.
 #[derive(Debug)]
@@ -285,9 +289,12 @@ impl Gate {
             }
             remembered = self.counters.refused(&asked);
         }
-        if let Some(decision) = remembered {
+        if let Some(known) = remembered {
             self.metrics.remembered.inc();
-            return Err(self.refuse(head, &rules, &decision.verdicts).into());
+            // What is left of the others would have to be asked.
+            let known = rules.iter().zip(known).filter_map(|(rule, verdict)| Some((*rule, verdict?)));
+            let (rules, verdicts): (Vec<_>, Vec<_>) = known.unzip();
+            return Err(self.refuse(head, &rules, &verdicts).into());
         }
         let exchange = head.extensions.get::<Exchange>();
         let answer = if exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
@@ -307,7 +314,7 @@ impl Gate {
                     }
                     OnStoreFailure::Deny => {
                         let error = Error::new(Kind::RateLimitUnavailable, failure);
-                        return Err(error.with_retry_after(Duration::from_secs(1)).into());
+                        return Err(error.with_retry_after(SOON).into());
                     }
                 }
             }
@@ -340,10 +347,8 @@ impl Gate {
         if let (Some(exchange), Some((rule, _))) = (head.extensions.get::<Exchange>(), last) {
             exchange.facts().rate_limited = Some(rule.name.clone());
         }
-        let mut error = Error::from(Kind::RateLimited);
-        if let Some(wait) = last.and_then(|(_, verdict)| verdict.wait) {
-            error = error.with_retry_after(wait);
-        }
+        let wait = last.and_then(|(_, verdict)| verdict.wait).unwrap_or(SOON);
+        let error = Error::from(Kind::RateLimited).with_retry_after(wait);
         self.fields(rules, verdicts).into_iter().fold(error, |error, (name, value)| error.with_field(name, value))
     }
 
