@@ -537,6 +537,30 @@ async fn a_refusal_from_memory_says_nothing_of_what_it_does_not_know() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_is_one_replica_however_often_it_connects_anew() {
+    let (redis, backend) = (Redis::start().await, Backend::start().await);
+    let settings = |seconds: u32| {
+        let store = format!("redis: {{ url: \"{}\", timeout: {seconds}s }}", redis.url());
+        file("[{ name: many, key: global, limit: 100, cost: in_flight }]", &store)
+    };
+    let proxy = Proxy::before(&backend.url(), &settings(5)).await;
+    connected(&proxy).await;
+    // It keeps its counters for as long as it lasts.
+    let mut client = proxy.connect().await;
+    client.send(get("")).await;
+    let (_held, _) = backend.accept_head().await;
+    let upstreams = format!("upstreams: {{ api: {{ endpoints: [\"{}\"] }} }}\n", backend.url());
+    for seconds in [6, 7] {
+        proxy.rewrite(&format!("{upstreams}{}", settings(seconds)));
+        assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+        connected(&proxy).await;
+    }
+    // Each connection says every five seconds that it lives.
+    sleep(Duration::from_secs(6)).await;
+    assert_eq!(proxy.admin_get("/rate-limits").await.json()["replicas"], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn scripts_from_another_origin_may_read_what_is_left() {
     let backend = Recorder::ok().await;
     let settings = "

@@ -128,6 +128,8 @@ impl Weigh for Refused {
 pub struct State {
     local: Arc<Local>,
     shared: Mutex<Weak<Shared>>,
+    /// What this process is called among the replicas.
+    replica: u64,
     /// Each ends when nobody counts in its Redis any more, or at the end.
     tasks: Mutex<JoinSet<()>>,
     end: watch::Sender<bool>,
@@ -206,6 +208,7 @@ impl Default for State {
         Self {
             local: Arc::new(local),
             shared: Mutex::default(),
+            replica: unique(),
             tasks: Mutex::default(),
             end: watch::Sender::new(false),
         }
@@ -239,7 +242,7 @@ impl State {
             while tasks.try_join_next().is_some() {}
             let keeper = Keeper {
                 redis: redis.clone(),
-                id: unique(),
+                id: self.replica,
                 shared: Arc::downgrade(&shared),
                 connects: AtomicU64::default(),
             };
@@ -604,7 +607,10 @@ impl Keeper {
                 }
             }
         }
-        log(self.alive(Duration::ZERO).await);
+        // Else another connection may go on saying that this replica lives, or it is soon forgotten.
+        if *end.borrow() {
+            log(self.alive(Duration::ZERO).await);
+        }
     }
 
     /// Says that this replica lives, and renews what it holds. The time until it is to be done again.
