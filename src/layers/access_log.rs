@@ -335,6 +335,7 @@ impl Drop for Entry {
             bytes_out: sent,
             tokens: facts.tokens,
             rate_limited: facts.rate_limited.as_deref(),
+            rate_limit_shadow: facts.rate_limit_shadow.as_deref(),
             retries: facts.retries,
             fallback: facts.fallback,
             aborted_by: aborted_by.map(AbortedBy::as_str),
@@ -365,6 +366,7 @@ struct Line<'a> {
     bytes_out: u64,
     tokens: Option<(u64, u64)>,
     rate_limited: Option<&'a str>,
+    rate_limit_shadow: Option<&'a str>,
     retries: u32,
     fallback: bool,
     aborted_by: Option<&'static str>,
@@ -407,6 +409,7 @@ impl Line<'_> {
             number(out, "tokens_out", output);
         }
         field(out, "rate_limited", self.rate_limited);
+        field(out, "rate_limit_shadow", self.rate_limit_shadow);
         if self.retries > 0 {
             number(out, "retries", self.retries.into());
         }
@@ -430,6 +433,7 @@ impl Line<'_> {
             ("id", self.request_id),
             ("principal", self.principal),
             ("rate_limited", self.rate_limited),
+            ("rate_limit_shadow", self.rate_limit_shadow),
             ("aborted_by", self.aborted_by),
             ("error", self.error),
             ("cause", self.cause),

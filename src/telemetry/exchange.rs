@@ -82,6 +82,8 @@ pub struct Facts {
     pub tokens: Option<(u64, u64)>,
     /// The rule that refused the request, if one did.
     pub rate_limited: Option<Arc<str>>,
+    /// The first rule that would have refused the request, were it not a shadow.
+    pub rate_limit_shadow: Option<Arc<str>>,
     /// How many times the request was sent again.
     pub retries: u32,
     /// Whether one of these was for a pooled connection that the upstream had closed.

@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::join_all;
 use serde_json::{Value, json};
 use sidegate::{
     layers::rate_limit::{
@@ -225,7 +226,8 @@ routes:
     let reset: u64 = first.head.get("x-ratelimit-reset").unwrap().parse().unwrap();
     assert!((now..=now + 61).contains(&reset), "{reset} {now}");
 
-    assert_eq!(proxy.get("/section").await.status(), 200);
+    let second = proxy.get("/section").await;
+    assert_eq!(second.status(), 200);
     let refused = proxy.get("/section").await;
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.json()["type"], "urn:sidegate:problem:rate-limited");
@@ -246,6 +248,10 @@ routes:
     assert_eq!(proxy.sample(&count("few", "limited")).await, 1);
     assert_eq!(proxy.sample(&count("per-ip", "passed")).await, 2);
     assert_eq!(proxy.sample(&count("hidden", "shadow_limited")).await, 1, "it refuses nobody");
+    let lines = [&first, &second].map(async |answer| {
+        proxy.access_line(answer.head.get("x-request-id").unwrap()).await["rate_limit_shadow"].clone()
+    });
+    assert_eq!(join_all(lines).await, [Value::Null, json!("hidden")]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -324,10 +324,13 @@ impl Gate {
         }
         for (rule, verdict) in rules.iter().zip(&answer.decision.verdicts) {
             if verdict.fits {
-                rule.metrics.passed.inc()
-            } else {
-                rule.metrics.shadow_limited.inc()
-            };
+                rule.metrics.passed.inc();
+                continue;
+            }
+            rule.metrics.shadow_limited.inc();
+            if let Some(exchange) = head.extensions.get::<Exchange>() {
+                exchange.facts().rate_limit_shadow.get_or_insert_with(|| rule.name.clone());
+            }
         }
         let mut taken = Vec::new();
         for (n, rule) in rules.iter().enumerate().filter(|(_, rule)| rule.cost != Cost::One) {

@@ -124,7 +124,7 @@ pub struct Rule {
     /// Whom it does not hold for.
     #[serde(default, skip_serializing_if = "Exempt::is_empty")]
     pub exempt: Exempt,
-    /// Whether it only counts and logs, and refuses nobody. Default `false`.
+    /// Whether it only counts and logs (`rate_limit_shadow` in the access log), and refuses nobody. Default `false`.
     #[serde(default)]
     pub shadow: bool,
 }
