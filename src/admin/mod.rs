@@ -11,7 +11,7 @@
 //! | `POST /circuit-breakers/{upstream}/reset` | closes those of all its endpoints, or of the one in `?endpoint=` |
 //! | `POST /circuit-breakers/{upstream}/open` | opens them until they are reset |
 //! | `GET /upstreams` | the endpoints that there is a choice of, or whose health is looked at: weight, health, requests in flight, average time to the first byte, circuit breaker |
-//! | `GET /rate-limits`, `GET /rate-limits/{rule}`, `DELETE /rate-limits/{rule}` | the rules; one counter, read or reset, by `key=VALUE` for each part of the rule's key, and `route=ROUTE` |
+//! | `GET /rate-limits`, `GET /rate-limits/{rule}?key=…`, `DELETE /rate-limits/{rule}?key=…` | the rules; one counter, read or reset, by `key=VALUE` for each part of the rule's key but `global` and `route`, and `route=ROUTE` |
 //! | `GET /health/redis` | whether Redis is `up`, how long it took to answer, reconnects, calls in flight; `off` where it is switched off |
 //! | `GET /health/upstreams` | their health alone, with the last check |
 //! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads, also where one leaves it alone in its upstream |

@@ -1,4 +1,4 @@
-//! `/rate-limits`: what the rules are, and one counter of a rule, to be read and to be reset.
+//! `/rate-limits`: what the rules are; `/rate-limits/{rule}?key=…`: one counter of a rule, to be read and to be reset.
 
 use std::sync::Arc;
 

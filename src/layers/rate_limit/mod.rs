@@ -7,9 +7,12 @@
 //! ends. [`headers`] has what all answers say.
 //!
 //! What a request uses is 1, or something that is known only at its end: bytes, and the tokens of a language model. Then
-//! an estimate is taken before, so that many at once cannot overshoot, and what it was in truth is settled behind the
-//! response, which waits for nothing. `in_flight` is given back however the request ends; where a replica dies with it,
-//! its leases end 20 s later.
+//! an estimate is taken before, and what it was in truth is settled behind the response, which waits for nothing. Many
+//! at once overshoot a limit of tokens only by what they were underestimated by. Of bytes, what a request announces is
+//! taken before, and its response is charged when it is over: those at once may overshoot by all of their responses, and
+//! a rule with `cost: in_flight` beside it bounds how many they are.
+//!
+//! `in_flight` is given back however the request ends; where a replica dies with it, its leases end 20 s later.
 //!
 //! While Redis is out of order, each replica limits by itself, to its share (`on_store_failure: local`), or everybody
 //! (`allow`) or nobody (`deny`) passes. Going back is as sudden: what was counted locally is not carried over.

@@ -113,8 +113,8 @@ pub struct Rule {
     /// How much may be used at once, of a `token_bucket`. Default: the whole of `limit`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub burst: Option<Amount>,
-    /// What a request uses: `1`, `bytes` (of both bodies), `tokens` (of a language model), or `in_flight` (itself, until
-    /// it ends). Default `1`.
+    /// What a request uses: `1`, `bytes` (of both bodies; the response's are charged when it is over, so that many at once
+    /// may use more), `tokens` (of a language model), or `in_flight` (itself, until it ends). Default `1`.
     #[serde(default)]
     pub cost: Cost,
     /// With `cost: tokens`, the tokens of output that are taken for a request until it is known what it used, if it does
