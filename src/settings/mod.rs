@@ -271,6 +271,7 @@ impl Settings {
         problems.at("defaults.concurrency", |problems| self.defaults.concurrency.check(problems));
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
+        self.check_limits(tree, problems);
     }
 
     fn check_listeners(&self, tree: &Tree, problems: &mut Problems) {
@@ -361,6 +362,60 @@ impl Settings {
             let parameters: Vec<_> = route.matches.path.iter().flat_map(Pattern::names).collect();
             check_rate_limit(tree, &format!("routes.{n}"), route.rate_limit.as_ref(), Some(&parameters), problems);
             self.check_fallback_of(n, route, tree, problems);
+        }
+    }
+
+    /// What is wrong with the rate limits of routes beside what else holds there, and beside those of other routes.
+    fn check_limits(&self, tree: &Tree, problems: &mut Problems) {
+        let mut shared = HashMap::new();
+        for (n, route) in self.routes.iter().enumerate() {
+            let place = format!("routes.{n}");
+            let own = route.rate_limit.as_ref();
+            let Some(limits) = own.unwrap_or(&self.defaults.rate_limit).as_ref() else { continue };
+            // What could not be read may be what makes the difference.
+            if ["rate_limit", "auth", "session"].iter().any(|key| !tree.is_whole(&format!("{place}.{key}"))) {
+                continue;
+            }
+            let list = if tree.has(&format!("{place}.rate_limit.rules")) { "rules." } else { "" };
+            for (m, rule) in limits.rules.iter().enumerate() {
+                let mut add = |key: &str, message: String| match own {
+                    Some(_) => problems.add(format!("{place}.rate_limit.{list}{m}{key}"), message),
+                    None => problems.add(&place, format!("the rule `{}` of `defaults`: {message}", rule.name)),
+                };
+                for part in &rule.key {
+                    if let Some(why) = self.hides(route, part) {
+                        add(".key", format!("`{part}` {why}"));
+                    }
+                }
+                let Some(scope) = &limits.scope else { continue };
+                let &mut (first, known) = shared.entry((scope, &rule.name)).or_insert((n, rule));
+                // Of two in one list it was said.
+                if first != n && !rule.counts_as(known) {
+                    let other = tree.place(&format!("routes.{first}"));
+                    let how = "give them the same `key`, `limit`, `algorithm`, `burst` and `cost`, or two names";
+                    let message =
+                        format!("is not the `{}` of `{other}`, whose scope is `{scope}` too: {how}", rule.name);
+                    add("", message);
+                }
+            }
+        }
+    }
+
+    /// Why a rule of `route` never sees what a client sends as `part`, if it does not.
+    fn hides(&self, route: &Route, part: &rate_limit::KeyPart) -> Option<&'static str> {
+        const CREDENTIAL: &str = "is taken away by `auth` before: count by `principal`, or set `forward` in `auth`";
+        let auth = route.auth.as_ref().unwrap_or(&self.defaults.auth).as_ref();
+        let auth = auth.filter(|auth| !auth.forward);
+        let session = route.session.as_ref().unwrap_or(&self.defaults.session).as_ref();
+        match part {
+            rate_limit::KeyPart::Header(name) if auth.is_some_and(|auth| auth.is_shown_in(name)) => Some(CREDENTIAL),
+            rate_limit::KeyPart::Query(name) if auth.is_some_and(|auth| auth.query.as_ref() == Some(name)) => {
+                Some(CREDENTIAL)
+            }
+            rate_limit::KeyPart::Header(name) if session.is_some_and(|session| session.replaces(name)) => {
+                Some("is not what the client sent, but what `session` makes of it: count by `session`")
+            }
+            _ => None,
         }
     }
 

@@ -708,16 +708,17 @@ async fn who_leaves_while_redis_is_asked_gives_back_what_it_took() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_same_question_is_answered_from_memory() {
     let (redis, backend) = (Redis::start().await, Recorder::ok().await);
-    let settings = format!(
+    let settings = |limit: &str| {
+        format!(
         "{}
 routes:
   - {{ match: {{ path: /data }}, upstream: api, rate_limit: [{{ name: data, key: global, limit: 1000B/h, cost: bytes }}] }}
-  - {{ match: {{ path: /small }}, upstream: api, rate_limit: {{ scope: both, rules: [{{ name: one, key: ip, limit: 1/h }}] }} }}
-  - {{ match: {{ path: /large }}, upstream: api, rate_limit: {{ scope: both, rules: [{{ name: one, key: ip, limit: 100/h }}] }} }}
+  - {{ match: {{ path: /small }}, upstream: api, name: small, rate_limit: [{{ name: one, key: ip, limit: {limit} }}] }}
 ",
         with(&redis)
-    );
-    let proxy = Proxy::before(&backend.url(), &settings).await;
+    )
+    };
+    let proxy = Proxy::before(&backend.url(), &settings("1/h")).await;
     connected(&proxy).await;
     let post = async |bytes: usize| {
         let body = "x".repeat(bytes);
@@ -730,7 +731,10 @@ routes:
     assert_eq!(post(100).await, 200, "there is room for less");
     assert_eq!(proxy.get("/small").await.status(), 200);
     assert_eq!(proxy.get("/small").await.status(), 429);
-    assert_eq!(proxy.get("/large").await.status(), 200, "another limit of the same counter");
+    let upstreams = format!("upstreams: {{ api: {{ endpoints: [\"{}\"] }} }}\n", backend.url());
+    proxy.rewrite(&format!("{upstreams}{}", settings("100/h")));
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    assert_eq!(proxy.get("/small").await.status(), 200, "another limit of the same counter");
 }
 
 #[tokio::test(flavor = "multi_thread")]

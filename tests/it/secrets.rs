@@ -360,7 +360,7 @@ impl Run {
             self.ask("GET /limited/authorization", &format!("authorization: Bearer {token}\r\n")).await;
             self.ask("GET /limited/key", &format!("x-api-key: {key}\r\n")).await;
             self.ask(&format!("GET /limited/query?x=1&api_key={spelt}"), "").await;
-            self.ask("GET /limited/session", &format!("cookie: {session}; app={cookie}\r\n")).await;
+            self.ask("GET /limited/session", &format!("x-api-key: {key}\r\ncookie: {session}; app={cookie}\r\n")).await;
             self.ask("GET /limited/all", &format!("x-api-key: {key}\r\nauthorization: {basic}\r\n")).await;
         }
 
@@ -448,9 +448,11 @@ routes:
       query: api_key
       realm: {CANARY}
       max_failures: off
-    rate_limit:
-      - {{ name: {CANARY}, key: principal, limit: 4/h }}
-      - {{ name: by-both, key: [session, 'header:x-api-key'], limit: 100/h, algorithm: token_bucket }}
+    rate_limit: [{{ name: {CANARY}, key: principal, limit: 4/h }}]
+  - name: begin
+    match: {{ path: /begin }}
+    upstream: {CANARY}
+    auth: {{ api_keys: {{ file: '{keys}' }} }}
   - name: guess
     match: {{ path: /guess }}
     upstream: {CANARY}
@@ -471,7 +473,9 @@ routes:
   - name: session
     match: {{ path: /limited/session }}
     upstream: {CANARY}
-    rate_limit: [{{ name: by-session, key: session, limit: 2/h }}]
+    rate_limit:
+      - {{ name: by-session, key: session, limit: 2/h }}
+      - {{ name: by-both, key: [session, 'header:x-api-key'], limit: 100/h, algorithm: token_bucket }}
   - name: all
     match: {{ path: /limited/all }}
     upstream: {CANARY}

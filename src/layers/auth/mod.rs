@@ -250,6 +250,17 @@ impl Config {
         keys.chain(of_jwt)
     }
 
+    /// Whether requests may show a credential in the field `name`.
+    #[must_use]
+    pub fn is_shown_in(&self, name: &HeaderName) -> bool {
+        let own = self.api_keys.as_ref().and_then(|keys| keys.header.as_ref());
+        own.is_some_and(|own| own.get() == name) || self.has_bearer() && *name == AUTHORIZATION
+    }
+
+    fn has_bearer(&self) -> bool {
+        self.api_keys.as_ref().is_some_and(|keys| keys.bearer) || self.jwt.is_some()
+    }
+
     /// Notes what those of its files say that are not read anew with each configuration.
     pub fn note_files(&mut self) {
         let sets = self.jwt.iter_mut().filter_map(|jwt| jwt.jwks.as_mut());
@@ -352,7 +363,7 @@ impl AuthLayer {
     /// A file cannot be read, or has not in it what it should.
     pub fn build(config: &Config, route: &str, state: &State, metrics: &Metrics) -> Result<Self, BoxError> {
         let keys = config.api_keys.as_ref();
-        let bearer = keys.is_some_and(|keys| keys.bearer) || config.jwt.is_some();
+        let bearer = config.has_bearer();
         let scheme = if bearer { "Bearer" } else { "ApiKey" };
         let realm = &config.realm;
         let challenge = |error: &str| HeaderValue::try_from(format!("{scheme} realm=\"{realm}\"{error}"));

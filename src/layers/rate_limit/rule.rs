@@ -64,7 +64,8 @@ impl From<Vec<Rule>> for Config {
 struct Section {
     /// The rules, 1 to 16. A request passes only if all do, and one that is refused has used nothing.
     rules: Vec<Rule>,
-    /// Routes with the same scope share the counters of rules with the same name. Default: each route counts for itself.
+    /// Routes with the same scope share the counters of rules with the same name, which must count in the same way. Default:
+    /// each route counts for itself.
     scope: Option<String>,
     /// What holds while Redis is out of order: `local` (each replica by itself, for its share of the limits), `allow`
     /// (no limit), or `deny` (503). Default `local`.
@@ -102,7 +103,8 @@ pub struct Rule {
     pub name: String,
     /// What is counted apart: `global` (nothing), `route`, `ip` (an IPv6 address by its /64), `principal`,
     /// `session`, `header:NAME`, `query:NAME`, `path:NAME` (a parameter of the path), or a list of these. Where a request has none,
-    /// or several that differ, its address stands in; so it does for the request that begins a session.
+    /// or several that differ, its address stands in; so it does for the request that begins a session. What `auth` or
+    /// `session` take away cannot be counted by.
     pub key: OneOrMany<KeyPart>,
     /// How much: `100/min`, `20/5s`, of bytes also `10MiB/h`; with `cost: in_flight` a number.
     pub limit: Limit,
@@ -496,6 +498,12 @@ impl Rule {
             per: window::as_micros(self.limit.per.unwrap_or(LEASE).get()),
             burst: self.burst.map_or(limit, |burst| window::amount(burst.count)),
         }
+    }
+
+    /// Whether it counts as `other` does, so that they may have a counter in common.
+    #[must_use]
+    pub fn counts_as(&self, other: &Self) -> bool {
+        (self.quota(), self.cost, &self.key) == (other.quota(), other.cost, &other.key)
     }
 
     fn check(&self, problems: &mut Problems) {

@@ -135,6 +135,15 @@ impl Check for Config {
     }
 }
 
+impl Config {
+    /// Whether the layers inside do not see the field `name` as the client sent it.
+    #[must_use]
+    pub fn replaces(&self, name: &HeaderName) -> bool {
+        let is = |own: Option<&FieldName>| own.is_some_and(|own| own.get() == name);
+        is(self.upstream_header.as_ref()) || !self.forward && is(self.header.as_ref())
+    }
+}
+
 /// Gives each request its session: see the [module](self).
 #[derive(Debug, Clone)]
 pub struct SessionLayer {
