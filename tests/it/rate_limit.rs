@@ -522,6 +522,29 @@ async fn a_flood_that_is_refused_does_not_reach_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_flood_that_is_refused_begins_no_sessions() {
+    let (redis, backend) = (Redis::start().await, Recorder::ok().await);
+    let settings =
+        file("[{ name: few, key: ip, limit: 1/h }]", &format!("{}\ndefaults: {{ session: {{ }} }}", with(&redis)));
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    connected(&proxy).await;
+    let first = proxy.ask(get("")).await;
+    assert!(first.head.get("set-cookie").is_some());
+    let mut client = proxy.connect().await;
+    for n in 0..1000 {
+        client.send(get(&format!("x-request-id: r-{n}\r\n"))).await;
+        let refused = client.answer().await;
+        assert_eq!((refused.status(), refused.head.get("set-cookie")), (429, None));
+    }
+    let keys = redis.keys().await;
+    assert_eq!(keys.iter().filter(|key| key.contains(":session:")).count(), 1, "{keys:?}");
+    let calls = proxy.sample("sidegate_redis_calls_total{outcome=\"ok\"}").await;
+    figure(&format!("1001 requests without a session, 1000 refused: {calls} calls of Redis"));
+    assert!(calls < 60, "{calls}");
+    assert!(proxy.access_line("r-0").await["session_id"].is_null(), "there is none");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_refusal_from_memory_says_nothing_of_what_it_does_not_know() {
     let (redis, backend) = (Redis::start().await, Recorder::ok().await);
     let rules = "{ openai_headers: true, legacy_headers: true, rules: [

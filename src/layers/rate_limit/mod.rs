@@ -309,6 +309,9 @@ impl Gate {
             Ok(answer) => answer,
             Err(failure) => {
                 self.metrics.store_failure.inc();
+                if let Some(exchange) = exchange {
+                    exchange.facts().store_unanswered |= failure == Failure::Timeout;
+                }
                 match self.on_store_failure {
                     OnStoreFailure::Local => self.counters.take_locally(&asked, self.counters.replicas()),
                     OnStoreFailure::Allow => {

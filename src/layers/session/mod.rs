@@ -6,6 +6,10 @@
 //! the longest time. The upstream finds the id in `x-session-id`, which no client can set, and `hash:
 //! header:x-session-id` of `balance` keeps a session to its endpoint; the layers inside find a [`Session`].
 //!
+//! A new session is kept when its request has been answered, just before the client is told. So a request that sidegate
+//! refuses inside of here, by a limit or for its body, begins none and is told of none: a flood of them leaves nothing in
+//! the store, and one without a cookie does not reach it. An answer of the backend's is no refusal, whatever it says.
+//!
 //! - An id that is not known is not taken over, so that nobody can be given one to use (session fixation): a new one is
 //!   made. So it is where a session is shown by another principal than the one it began with, or by nobody, or by somebody
 //!   where it began with nobody. Routes with different `auth` that share browsers want cookies with different names.
@@ -13,7 +17,8 @@
 //!   one, none. A session that was revoked at another replica goes on as long.
 //! - While Redis is out of order, ids that look like ours are accepted as they are, new ones are made for those who have
 //!   none, and nothing is kept; an id that was made then is not known later. No request fails or waits for it.
-//! - Every request without a cookie makes a session, those of bots too. Inside of `auth` they are as many as callers are.
+//! - Every request without a cookie that is let in makes a session, those of bots too: `rate_limit` bounds how many they
+//!   are. Inside of `auth` they are as many as callers are.
 //! - The cookie is told again when half of `ttl` is over: it has in it when it was given. A response that tells an id
 //!   gets `Cache-Control: private` where the backend says nothing about caches, so that no shared one keeps it; the
 //!   `no-store` of the preset `web` gives way to that. Where the backend does say something, it stands: what is `public`
@@ -61,6 +66,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Response,
     header::{CACHE_CONTROL, COOKIE, SET_COOKIE},
 };
+use prometheus_client::metrics::counter::Counter;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tower::{Layer, Service};
@@ -74,7 +80,7 @@ use self::{
 use crate::{
     config::{Check, HumanDuration, Problems, Toggle, fields::FieldName},
     message::{
-        BoxError, Connection, Error, Kind, Principal, Request, Session,
+        BoxError, Connection, Error, Fault, Kind, Principal, Request, Session,
         headers::{X_SESSION_ID, remove_alike},
     },
     store::{Failure, Redis},
@@ -202,6 +208,7 @@ pub struct Sessions<S> {
 impl<S, ResBody> Service<Request> for Sessions<S>
 where
     S: Service<Request, Response = Response<ResBody>, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static,
+    ResBody: Send,
 {
     type Response = S::Response;
     type Error = BoxError;
@@ -217,10 +224,19 @@ where
         let (desk, strip) = (self.desk.clone(), self.desk.clone());
         Box::pin(async move {
             let (mut head, body) = request.into_parts();
-            let told = desk.enter(&mut head).await?;
+            let (told, begins) = desk.enter(&mut head).await?;
             // Some backends take trailers for header fields.
             let body = body.stripping_trailers(move |trailers| strip.strip(trailers));
-            match inner.call(Request::from_parts(head, body)).await.map_err(Into::into) {
+            let answer = inner.call(Request::from_parts(head, body)).await.map_err(Into::into);
+            let told = match begins {
+                None => told,
+                Some(begins) if answer.as_ref().is_err_and(|error| is_refusal(&**error)) => begins.never(),
+                Some(begins) => {
+                    desk.begin(begins).await;
+                    told
+                }
+            };
+            match answer {
                 Ok(mut response) => {
                     tell(response.headers_mut(), told);
                     Ok(response)
@@ -234,6 +250,13 @@ where
             }
         })
     }
+}
+
+/// Whether an error says that the request was not let in, or was not whole. Then it has not begun a session: who is
+/// refused, as often as it likes, leaves nothing in the store.
+fn is_refusal(error: &(dyn std::error::Error + 'static)) -> bool {
+    let kind = Error::find(error).map(Error::kind);
+    kind.is_some_and(|kind| kind == Kind::RateLimitUnavailable || kind.fault() == Fault::Client)
 }
 
 /// Fields of a response that tell the client its id.
@@ -255,21 +278,40 @@ fn tell(headers: &mut HeaderMap, told: Told) {
 /// The session of a request, and how it is to be told.
 struct Entered {
     id: Id,
-    /// Whether the client does not have it.
-    new: bool,
+    /// Why the client does not have it, where it does not: it is to be begun.
+    new: Option<Counter>,
     /// Whether the client should be given its cookie again.
     stale: bool,
     /// What kept the store from being asked for it.
     failed: Option<Failure>,
 }
 
+/// A session that begins with a request, if that is let in. It is kept before the client is told.
+struct Begins {
+    id: Id,
+    principal: Option<Arc<str>>,
+    exchange: Option<Exchange>,
+    why: Counter,
+}
+
+impl Begins {
+    /// It did not begin, and nobody is told.
+    fn never(self) -> Told {
+        if let Some(exchange) = self.exchange {
+            exchange.facts().session = None;
+        }
+        Told::new()
+    }
+}
+
 impl Desk {
-    /// Finds or makes the session of a request, and lets the request say so. What the client has to be told of it.
-    async fn enter(&self, head: &mut http::request::Parts) -> Result<Told, Error> {
+    /// Finds or makes the session of a request, and lets the request say so. What the client has to be told of it, and
+    /// what is to be kept then, if it is new.
+    async fn enter(&self, head: &mut http::request::Parts) -> Result<(Told, Option<Begins>), Error> {
         let principal = head.extensions.get().map(|principal: &Principal| principal.id.clone());
         let Entered { id, new, stale, failed } = self.session_of(&head.headers, principal.as_ref()).await?;
         self.pass_on(&mut head.headers, &id);
-        let session = Session { id: id.digest().hex().into(), known: !new && failed.is_none() };
+        let session = Session { id: id.digest().hex().into(), known: new.is_none() && failed.is_none() };
         let exchange = head.extensions.get::<Exchange>();
         let https = match exchange {
             Some(exchange) => {
@@ -280,15 +322,23 @@ impl Desk {
             }
             None => head.extensions.get::<Connection>().is_some_and(Connection::tls),
         };
+        let exchange = exchange.cloned();
         head.extensions.insert(session);
         let mut told = Vec::new();
-        if let (Some(cookie), true) = (&self.cookie, new || stale) {
+        if let (Some(cookie), true) = (&self.cookie, new.is_some() || stale) {
             told.push((SET_COOKIE, cookie.set(&id, unix_now(), self.ttl.as_secs(), https)));
         }
-        if let (Some(header), true) = (&self.header, new) {
+        if let (Some(header), true) = (&self.header, new.is_some()) {
             told.push((header.clone(), value(&id)));
         }
-        Ok(told)
+        Ok((told, new.map(|why| Begins { id, principal, exchange, why })))
+    }
+
+    /// Keeps a session. Where the store is out of order it is told all the same: ids are taken as they are then.
+    async fn begin(&self, Begins { id, principal, exchange, why }: Begins) {
+        let unanswered = exchange.is_some_and(|exchange| exchange.facts().store_unanswered);
+        let kept = !unanswered && self.keeper.begin(&id, principal.as_ref()).await.is_ok();
+        if kept { &why } else { &self.metrics.unkept }.inc();
     }
 
     async fn session_of(&self, headers: &HeaderMap, principal: Option<&Arc<str>>) -> Result<Entered, Error> {
@@ -310,12 +360,10 @@ impl Desk {
                 }
             };
             let stale = in_cookie && self.is_stale(given, unix_now());
-            return Ok(Entered { id, new: false, stale, failed: found.err() });
+            return Ok(Entered { id, new: None, stale, failed: found.err() });
         }
         let id = Id::new().ok_or_else(|| Error::new(Kind::Internal, "the system has no random bits"))?;
-        let begun = self.keeper.begin(&id, principal).await;
-        if begun.is_ok() { why } else { &self.metrics.unkept }.inc();
-        Ok(Entered { id, new: true, stale: false, failed: begun.err() })
+        Ok(Entered { id, new: Some(why.clone()), stale: false, failed: None })
     }
 
     /// What the request shows, and whether it does in its cookie.

@@ -219,6 +219,29 @@ async fn an_error_tells_a_new_session_too() {
 }
 
 #[tokio::test]
+async fn who_is_refused_begins_no_session() {
+    let setup = Setup::new();
+    let layer = setup.layer(json!({ "header": "x-sid" }));
+    let ask = async |kind: Kind, request: http::request::Builder| {
+        let fails = service_fn(move |_: http::Request<Body>| async move {
+            Err::<http::Response<Body>, BoxError>(Error::from(kind).into())
+        });
+        let error = layer.layer(fails).oneshot(request.body(Body::empty()).unwrap()).await.unwrap_err();
+        Error::find(&*error).unwrap().fields().len()
+    };
+    for refused in [Kind::RateLimited, Kind::RateLimitUnavailable, Kind::BodyTooLarge] {
+        assert_eq!(ask(refused, get()).await, 0, "{refused:?}");
+        assert_eq!(ask(refused, of("00112233445566778899aabbccddeeff")).await, 0, "{refused:?}");
+    }
+    let kept = async || setup.state.list(None, Which::All, 10).await.unwrap().found.len();
+    assert_eq!((kept().await, setup.count("new"), setup.count("unknown")), (0, 0, 0));
+    let (own, at) = given(&super::tests::ask(&layer, get()).await).unwrap();
+    let stale = of(&format!("{own}.{:x}", at - 80_000));
+    assert_eq!(ask(Kind::RateLimited, stale).await, 1, "who has one keeps it");
+    assert_eq!((kept().await, setup.count("known")), (1, 1));
+}
+
+#[tokio::test]
 async fn a_cookie_that_came_over_tls_stays_there() {
     let layer = Setup::new().layer(json!({}));
     for tls in [false, true] {
