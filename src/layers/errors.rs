@@ -37,6 +37,7 @@ use http::{
 use pin_project_lite::pin_project;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tower::{Layer, Service};
 
 use crate::{
@@ -185,7 +186,7 @@ impl About {
         if kind.fault() == Fault::Sidegate {
             tracing::error!(request_id = self.asked.request_id(), error = chain(error), "request failed");
         }
-        let mut response = if self.grpc { grpc(kind) } else { self.json(kind) };
+        let mut response = if self.grpc { grpc(kind) } else { self.json(kind, found.map_or(&[], Error::members)) };
         let headers = response.headers_mut();
         let status = format!("sidegate; error={}", kind.proxy_status());
         headers.insert(PROXY_STATUS, HeaderValue::try_from(status).expect("tokens are visible ASCII"));
@@ -204,9 +205,10 @@ impl About {
         response
     }
 
-    fn json(&self, kind: Kind) -> Response<Bytes> {
+    fn json(&self, kind: Kind, members: &[(&'static str, Value)]) -> Response<Bytes> {
         let form = self.format.form();
-        let body = form.document(kind, self.asked.path(), self.asked.request_id());
+        let mut body = form.document(kind, self.asked.path(), self.asked.request_id());
+        form.extend(&mut body, members);
         let mut response = Response::new(Bytes::from(body.to_string()));
         *response.status_mut() = kind.status();
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(form.content_type()));

@@ -3,6 +3,7 @@
 use std::{error::Error as StdError, fmt, time::Duration};
 
 use http::{HeaderName, HeaderValue, StatusCode};
+use serde_json::Value;
 
 /// What a layer returns when it does not answer: usually an [`Error`], possibly inside a wrapping of its own.
 pub type BoxError = Box<dyn StdError + Send + Sync>;
@@ -17,6 +18,7 @@ pub struct Error {
     source: Option<BoxError>,
     retry_after: Option<Duration>,
     fields: Vec<(HeaderName, HeaderValue)>,
+    members: Vec<(&'static str, Value)>,
 }
 
 impl Error {
@@ -40,6 +42,13 @@ impl Error {
         self
     }
 
+    /// The same, with a member that a problem document about it will have beside the usual ones (RFC 9457 §3.2).
+    #[must_use]
+    pub fn with_member(mut self, name: &'static str, value: impl Into<Value>) -> Self {
+        self.members.push((name, value.into()));
+        self
+    }
+
     /// What will be answered for `error`: itself, or the one that it wraps, or [`Kind::Internal`].
     #[must_use]
     pub fn of(error: BoxError) -> Self {
@@ -52,6 +61,7 @@ impl Error {
                     source: None,
                     retry_after: found.and_then(Self::retry_after),
                     fields: found.map(|found| found.fields.clone()).unwrap_or_default(),
+                    members: found.map(|found| found.members.clone()).unwrap_or_default(),
                 };
                 Self { source: Some(error), ..of }
             }
@@ -84,6 +94,12 @@ impl Error {
         &self.fields
     }
 
+    /// Members that a problem document about it will have beside the usual ones.
+    #[must_use]
+    pub fn members(&self) -> &[(&'static str, Value)] {
+        &self.members
+    }
+
     /// The `Error` in a chain of sources, however it was wrapped.
     ///
     /// ```
@@ -111,7 +127,7 @@ impl Error {
 
 impl From<Kind> for Error {
     fn from(kind: Kind) -> Self {
-        Self { kind, source: None, retry_after: None, fields: Vec::new() }
+        Self { kind, source: None, retry_after: None, fields: Vec::new(), members: Vec::new() }
     }
 }
 
@@ -425,11 +441,12 @@ mod tests {
     fn what_is_answered_for_an_error_says_what_the_error_inside_says() {
         let field = (http::header::SET_COOKIE, HeaderValue::from_static("a=b"));
         let inner = || Error::from(Kind::Overloaded).with_retry_after(Duration::from_secs(2));
-        let inner = || inner().with_field(field.0.clone(), field.1.clone());
+        let inner = || inner().with_field(field.0.clone(), field.1.clone()).with_member("a", 1);
         for error in [BoxError::from(inner()), std::io::Error::other(inner()).into()] {
             let of = Error::of(error);
             assert_eq!((of.kind(), of.retry_after()), (Kind::Overloaded, Some(Duration::from_secs(2))));
             assert_eq!(of.fields(), std::slice::from_ref(&field));
+            assert_eq!(of.members(), [("a", 1.into())]);
         }
         assert_eq!(Error::of("a bug".into()).kind(), Kind::Internal);
     }

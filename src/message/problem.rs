@@ -24,6 +24,15 @@ impl Form {
         }
     }
 
+    /// Adds members to a document about an error. OpenAI's form has no place for any.
+    pub fn extend(self, document: &mut Value, members: &[(&'static str, Value)]) {
+        if self == Self::Problem {
+            for (name, value) in members {
+                document[*name] = value.clone();
+            }
+        }
+    }
+
     /// The document about an error of this kind, at this path, for the request of this id. It holds neither a cause nor
     /// a value of the request other than these.
     #[must_use]

@@ -231,6 +231,7 @@ routes:
     let refused = proxy.get("/section").await;
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.json()["type"], "urn:sidegate:problem:rate-limited");
+    assert_eq!(refused.json()["violated-policies"], json!(["per-ip"]), "and not the shadow");
     assert!(refused.head.get("ratelimit").unwrap().starts_with("\"per-ip\";r=0;t="), "{refused:?}");
     assert!((1..=120).contains(&retry_after(&refused)));
     let line = proxy.access_line(refused.head.get("x-request-id").unwrap()).await;
@@ -239,6 +240,7 @@ routes:
     assert_eq!(proxy.get("/list").await.status(), 200);
     let refused = proxy.get("/list").await;
     assert_eq!(refused.json()["error"]["code"], "rate-limited");
+    assert!(refused.json()["violated-policies"].is_null(), "there is no place for it");
     assert!(refused.head.get("x-ratelimit-limit").is_none());
     assert!(proxy.get("/free").await.head.get("ratelimit-policy").is_none());
     let count = |rule: &str, outcome: &str| {

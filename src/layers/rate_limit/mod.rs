@@ -4,7 +4,7 @@
 //! any: all counters are asked in one step, in Redis by one script with Redis's clock ([`counters`]), by the same
 //! arithmetic in memory where there is none ([`window`]). Who is refused gets 429 with `Retry-After`, which holds true:
 //! who waits that long and is alone with its counter passes. For what is in flight it is 1, as nobody knows when that
-//! ends. [`headers`] has what all answers say.
+//! ends. [`headers`] has what all answers say; problem documents name the rules that had no room in `violated-policies`.
 //!
 //! What a request uses is 1, or something that is known only at its end: bytes, and the tokens of a language model. Then
 //! an estimate is taken before, and what it was in truth is settled behind the response, which waits for nothing. Many
@@ -348,8 +348,10 @@ impl Gate {
 
     fn refuse(&self, head: &Parts, rules: &[&Compiled], verdicts: &[Verdict]) -> Error {
         let full = || rules.iter().zip(verdicts).filter(|(rule, verdict)| !verdict.fits && !rule.shadow);
+        let mut violated = Vec::new();
         for (rule, _) in full() {
             rule.metrics.limited.inc();
+            violated.push(&*rule.name);
         }
         // The one that lasts longest.
         let last = full().max_by_key(|(_, verdict)| verdict.wait);
@@ -357,7 +359,7 @@ impl Gate {
             exchange.facts().rate_limited = Some(rule.name.clone());
         }
         let wait = last.and_then(|(_, verdict)| verdict.wait).unwrap_or(SOON);
-        let error = Error::from(Kind::RateLimited).with_retry_after(wait);
+        let error = Error::from(Kind::RateLimited).with_retry_after(wait).with_member("violated-policies", violated);
         self.fields(rules, verdicts).into_iter().fold(error, |error, (name, value)| error.with_field(name, value))
     }
 
