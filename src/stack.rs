@@ -209,7 +209,9 @@ fn route(
 ) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
     let cors = policies.cors.as_ref().map(|cors| {
+        let session = policies.session.as_ref().and_then(|session| session.header.as_ref());
         let told = [settings.request_id.header.get().clone()].into_iter().chain(headers::all());
+        let told = told.chain(session.map(|name| name.get().clone()));
         CorsLayer::new(cors, told)
     });
     // Its own form of errors; and what decorates responses must see its errors as responses.

@@ -76,8 +76,8 @@ pub struct Config {
     /// last-event-id, x-api-key, x-request-id, x-session-id]`.
     #[serde(default = "headers")]
     pub headers: Vec<FieldName>,
-    /// Response headers that pages may read, beside the request id, `retry-after`, `ratelimit` and `ratelimit-policy`.
-    /// `"*"` is all of them, which needs `credentials: false`. Default: no more than these.
+    /// Response headers that pages may read, beside the request id, `retry-after`, those about rate limits, and `header` of
+    /// `session`. `"*"` is all of them, which needs `credentials: false`. Default: no more than these.
     #[serde(default)]
     pub expose: Vec<FieldName>,
     /// Whether pages may send cookies and the like. Default `false`.

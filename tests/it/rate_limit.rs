@@ -598,6 +598,7 @@ async fn scripts_from_another_origin_may_read_what_is_left() {
 routes:
   - upstream: api
     cors: { origins: ['https://app.example.com'] }
+    session: { cookie: off, header: x-sid }
     rate_limit: [{ name: few, key: global, limit: 1/h }]
 ";
     let proxy = Proxy::before(&backend.url(), settings).await;
@@ -611,7 +612,10 @@ routes:
     assert_eq!(refused.status(), 429);
     assert_eq!(refused.head.get("access-control-allow-origin"), Some("https://app.example.com"));
     let exposed = refused.head.get("access-control-expose-headers").unwrap();
-    assert!(["ratelimit", "ratelimit-policy", "retry-after"].iter().all(|name| exposed.contains(name)), "{exposed}");
+    assert!(
+        ["ratelimit", "ratelimit-policy", "retry-after", "x-sid"].iter().all(|name| exposed.contains(name)),
+        "{exposed}"
+    );
 }
 
 /// The script does what the arithmetic in memory does, whatever is asked of it.

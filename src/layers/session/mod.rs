@@ -98,8 +98,7 @@ pub struct Config {
     /// The cookie that holds the session's id; `off` where `header` alone does. It is not passed on.
     pub cookie: Toggle<cookie::Config>,
     /// A field that holds the id, for clients without cookies; looked at before the cookie. The response that begins a
-    /// session tells the id in it; pages of other origins read it there if `expose` of `cors` lists it. It is not passed on.
-    /// Default none.
+    /// session tells the id in it, where pages of the origins of `cors` may read it. It is not passed on. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub header: Option<FieldName>,
     /// How long a session is kept after its last request, 10s to 365d. Default `24h`.
