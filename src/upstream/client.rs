@@ -484,12 +484,18 @@ impl Client {
         let upgrade = Upgrade::of(request, endpoint.protocol, exchange);
         let progress = track(request);
         endpoint.address(request)?;
-        let (mut response, mut lease) = match endpoint.protocol {
-            Protocol::Http1 => self.http1(request).await?,
+        let answer = match endpoint.protocol {
+            Protocol::Http1 => self.http1(request).await,
             // Boxed, as is `open`: what is rare must not make the future of every request larger.
-            Protocol::Http2 => Box::pin(self.http2(request)).await?,
+            Protocol::Http2 => Box::pin(self.http2(request)).await,
         };
-        if let Some(progress) = progress.filter(|progress| !progress.done()) {
+        let (mut response, mut lease) =
+            answer.map_err(|error| match (error.kind(), ended_by(progress.as_deref())) {
+                (Kind::UpstreamReset, kind) if kind != Kind::UpstreamReset => Error::new(kind, error),
+                _ => error,
+            })?;
+        let unfinished = progress.filter(|progress| !progress.done());
+        if let Some(progress) = &unfinished {
             // An answer before the end of the upload. The rest may go on while nobody reads the answer.
             progress.want();
             lease.detach();
@@ -510,7 +516,7 @@ impl Client {
         }
         // The version is that of one hop (RFC 9110 §6.2), and what hyper's server answers with.
         *response.version_mut() = Version::HTTP_11;
-        Ok(response.map(|incoming| ResponseBody::new(incoming, lease)))
+        Ok(response.map(|incoming| ResponseBody::new(incoming, lease, unfinished)))
     }
 
     async fn http1(&self, request: &mut Request) -> Result<(http::Response<Incoming>, Lease), Error> {
@@ -783,6 +789,13 @@ fn broken(error: hyper::Error) -> Error {
     }
 }
 
+/// What an exchange ended by that the upstream seems to have broken off: the request's own body, where that did before.
+/// Over HTTP/2, and once an answer has begun, hyper tells of the end of the stream or the connection that follows, and
+/// not of the reason.
+fn ended_by(upload: Option<&Progress>) -> Kind {
+    upload.and_then(Progress::failed).unwrap_or(Kind::UpstreamReset)
+}
+
 /// What a response holds of its connection.
 enum Lease {
     /// The whole connection, which goes back to its pool at the response's end.
@@ -840,12 +853,12 @@ pin_project! {
 }
 
 impl ResponseBody {
-    fn new(incoming: Incoming, mut lease: Lease) -> Self {
+    fn new(incoming: Incoming, mut lease: Lease, upload: Option<Arc<Progress>>) -> Self {
         if incoming.is_end_stream() {
             lease.end();
         }
         let sized = incoming.size_hint().exact().is_some();
-        let body = Driven { incoming, lease };
+        let body = Driven { incoming, lease, upload };
         Self { body: if sized { Flow::Sized { body } } else { Flow::Stream { body: Gather::new(body) } } }
     }
 }
@@ -883,6 +896,16 @@ impl HttpBody for ResponseBody {
 struct Driven {
     incoming: Incoming,
     lease: Lease,
+    /// The request's body, where it was not through when the answer came.
+    upload: Option<Arc<Progress>>,
+}
+
+impl Driven {
+    /// The response broke off.
+    fn broken(&mut self, why: impl Into<BoxError>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        self.lease = Lease::Ended;
+        Poll::Ready(Some(Err(Error::new(ended_by(self.upload.as_deref()), why).into())))
+    }
 }
 
 impl HttpBody for Driven {
@@ -903,16 +926,11 @@ impl HttpBody for Driven {
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
-            Some(Err(error)) => {
-                this.lease = Lease::Ended;
-                Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, error).into())))
-            }
+            Some(Err(error)) => this.broken(error),
             // hyper takes a RST_STREAM with NO_ERROR for an end. It may follow a whole response, for a request that
             // need not be sent to its end (RFC 9113 §8.1); without an END_STREAM before it, it is none.
             None if matches!(this.lease, Lease::Http2 { .. }) && !this.incoming.is_end_stream() => {
-                this.lease = Lease::Ended;
-                let why = "the stream was reset before its end";
-                Poll::Ready(Some(Err(Error::new(Kind::UpstreamReset, why).into())))
+                this.broken("the stream was reset before its end")
             }
             None => {
                 this.lease.end();

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll, ready},
@@ -15,7 +15,7 @@ use futures_util::task::AtomicWaker;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Sleep, sleep};
 
-use crate::message::{Body, BoxError};
+use crate::message::{Body, BoxError, Error, Kind};
 
 /// How long a body that the client offers (`Expect: 100-continue`) waits for the upstream's word, before it
 /// is sent unasked (RFC 9110 §10.1.1: no waiting for an indefinite time).
@@ -29,12 +29,19 @@ pub(super) struct Progress {
     /// The upstream wants the body, or does not say.
     wanted: AtomicBool,
     waiting: AtomicWaker,
+    /// Why it broke off.
+    failed: OnceLock<Kind>,
 }
 
 impl Progress {
     /// Whether all of the body has been handed over.
     pub(super) fn done(&self) -> bool {
         self.done.load(Ordering::Acquire)
+    }
+
+    /// Why the body broke off, where it did: the exchange has then failed by this, whatever became of the connection.
+    pub(super) fn failed(&self) -> Option<Kind> {
+        self.failed.get().copied()
     }
 
     /// Lets the body pass.
@@ -75,6 +82,10 @@ impl HttpBody for Upload {
             this.patience = None;
         }
         let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        if let Some(Err(error)) = &frame {
+            // Before hyper hears of it, who ends the connection or the stream upon it and does not say why.
+            this.progress.failed.get_or_init(|| Error::find(&**error).map_or(Kind::ClientReset, Error::kind));
+        }
         if frame.is_none() || this.body.is_end_stream() {
             this.progress.done.store(true, Ordering::Release);
         }

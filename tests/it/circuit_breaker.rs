@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::harness::{Backend, Message, Proxy, Wire, eventually, within};
+use crate::harness::{Backend, Message, Proxy, Wire, backend::Http2Backend, eventually, within};
 
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
 const UNAVAILABLE: &str = "HTTP/1.1 503 Service Unavailable\r\ncontent-length: 5\r\nconnection: close\r\n\r\nnever";
@@ -125,6 +125,69 @@ async fn a_stream_that_breaks_off_counts() {
         client.ended().await;
     }
     assert!(refused(&proxy.get("/").await));
+}
+
+/// An upload that breaks off by its client's doing, before the answer to it or within, and what is said of it.
+async fn broken_upload(protocol: &str, answered: bool, last: &str, error: &str) {
+    let (plain, http2) = (Backend::start().await, Http2Backend::start().await);
+    let url = if protocol == "http1" { plain.url() } else { http2.url() };
+    let settings = format!(
+        "upstreams: {{ api: {{ endpoints: [UPSTREAM], protocol: {protocol}, circuit_breaker: {{ consecutive_failures: 1 }} }} }}
+defaults: {{ timeouts: {{ client_body_idle: 300ms }} }}"
+    );
+    let proxy = Proxy::before(&url, &settings).await;
+    let mut client = proxy.connect().await;
+    client
+        .send("POST / HTTP/1.1\r\nhost: sidegate.test\r\nx-request-id: upload\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n")
+        .await;
+    let (mut wire, mut stream, mut waits) = (None, None, None);
+    if protocol == "http1" {
+        let (mut upstream, _) = plain.accept_head().await;
+        if answered {
+            upstream.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\nhalf\r\n").await;
+        }
+        wire = Some(upstream);
+    } else {
+        let asked = http2.next().await;
+        if answered {
+            let body = asked.answer(http::Response::new(()));
+            body.data("half").await;
+            stream = Some(body);
+        } else {
+            waits = Some(asked);
+        }
+    }
+    if answered {
+        assert_eq!(client.head().await.status(), 200);
+        assert_eq!(client.chunk().await.expect("a chunk"), b"half");
+    }
+    client.send(last).await;
+    if answered {
+        client.ended().await;
+    } else {
+        let answer = client.answer().await;
+        assert!(answer.text().contains(error), "{protocol}: {}", answer.text());
+    }
+    let line = proxy.access_line("upload").await;
+    assert_eq!(line["error"], error, "{protocol}, {answered}: {line}");
+    let shown = breaker(&proxy).await;
+    assert_eq!((&shown["state"], &shown["consecutive_failures"]), (&json!("closed"), &json!(0)), "{protocol}: {shown}");
+    match (wire, stream, waits) {
+        (Some(mut upstream), ..) => drop(upstream.rest().await),
+        (_, Some(body), _) => body.cancelled().await,
+        (.., Some(mut asked)) => asked.cancelled().await,
+        _ => {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_its_client_breaks_off_counts_for_nothing_also_within_the_answer() {
+    for protocol in ["http2", "http1"] {
+        for answered in [false, true] {
+            broken_upload(protocol, answered, "zz\r\n", "client-reset").await;
+            broken_upload(protocol, answered, "", "client-timeout").await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
