@@ -111,6 +111,28 @@ async fn a_probe_whose_client_leaves_gives_its_place_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_slow_upload_as_the_probe_does_not_keep_the_others_out() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), &file("consecutive_failures: 1, recovery: 200ms")).await;
+    answered(&proxy, &backend, UNAVAILABLE).await;
+    let recovery = async || breaker(&proxy).await["retry_after_seconds"].is_null();
+    eventually("the recovery", recovery).await;
+    let mut slow = proxy.connect().await;
+    slow.send("POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 2\r\n\r\na").await;
+    let (mut probe, _) = backend.accept_head().await;
+    assert_eq!(probe.exactly(1).await, b"a");
+    assert_eq!(breaker(&proxy).await["state"], "half_open");
+    eventually("room for another", recovery).await;
+    assert_eq!(answered(&proxy, &backend, OK).await.text(), "ok");
+    assert_eq!(breaker(&proxy).await["state"], "closed");
+    slow.send("b").await;
+    assert_eq!(probe.exactly(1).await, b"b");
+    probe.send(OK).await;
+    assert_eq!(slow.answer().await.text(), "ok");
+    assert_eq!(breaker(&proxy).await["state"], "closed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_breaks_off_counts() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), &file("consecutive_failures: 2")).await;

@@ -12,8 +12,8 @@
 //! | success | every other response, an application's 500 among them: that is its answer, not its death |
 //!
 //! A response is judged by its head, for a stream may last for hours. When its body breaks off later, that success
-//! becomes a failure. What hangs is bounded by `timeouts.first_byte`, a probe too; with that `off`, a probe that hangs
-//! holds its permit until its client leaves.
+//! becomes a failure. What hangs is bounded by `timeouts.first_byte`. A probe may take its time, as a slow upload does, but
+//! it does not keep its permit for longer than the breaker was open: then another request is let through beside it.
 //!
 //! The state machine is in `state`, after linkerd's and resilience4j's. While the breaker is closed, a request costs one
 //! atomic load on its way in and one short lock when its response is there.
@@ -110,7 +110,8 @@ pub struct Config {
     /// back is found out within this time. Not below `recovery`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_recovery: Option<HumanDuration>,
-    /// Requests that are let through to see whether the endpoint is back, at least 1. All must succeed. Default 1.
+    /// Requests that are let through to see whether the endpoint is back, at least 1. All must succeed. Default 1. One that
+    /// takes longer than the breaker was open makes room for another.
     pub half_open_permits: NonZeroU32,
 }
 

@@ -6,6 +6,11 @@
 //!
 //! Consecutive failures and the window of ten buckets are those of linkerd's breaker, half-open permits those of
 //! resilience4j: exactly as many probes as there are permits get through, and all of them must succeed.
+//!
+//! A permit is not held for ever: a slow upload, or an endpoint that hangs, would keep everybody else out. A probe that
+//! has not been answered after as long as the breaker was open is **overdue**, and makes room for another; each time that
+//! happens the next ones have twice as long, up to `max_recovery`, so that few hang where all do. What an overdue one
+//! comes to is as true as ever, and counts, but it has no permit to give back any more.
 
 use std::time::Duration;
 
@@ -77,18 +82,19 @@ pub(super) enum Change {
 #[must_use]
 pub(super) struct Ticket {
     generation: u64,
-    probe: bool,
+    /// Its number among the probes.
+    probe: Option<u64>,
 }
 
 impl Ticket {
     /// Whether it holds a permit.
     pub(super) const fn is_probe(&self) -> bool {
-        self.probe
+        self.probe.is_some()
     }
 
     /// The ticket of a breaker that is closed, in this generation.
     pub(super) const fn ordinary(generation: u64) -> Self {
-        Self { generation, probe: false }
+        Self { generation, probe: None }
     }
 }
 
@@ -122,7 +128,7 @@ pub struct Snapshot {
     pub failures: u64,
     /// Slow ones in the window.
     pub slow: u64,
-    /// Probes that have not been answered.
+    /// Probes that have not been answered and hold a permit.
     pub probes: u32,
     /// When it opened, if it is not closed.
     pub opened_at: Option<Instant>,
@@ -130,7 +136,7 @@ pub struct Snapshot {
     pub retry_after: Option<Duration>,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 enum Phase {
     Closed {
         since: Instant,
@@ -139,11 +145,29 @@ enum Phase {
     Open {
         until: Option<Instant>,
     },
-    /// Probes that are out, and those that succeeded.
-    HalfOpen {
-        out: u32,
-        passed: u32,
-    },
+    HalfOpen(Probing),
+}
+
+/// The probes of a breaker that is half open.
+#[derive(Debug)]
+struct Probing {
+    /// Those that hold a permit, by their numbers, and when they are overdue: at most as many as there are permits.
+    out: Vec<(u64, Instant)>,
+    /// Those that succeeded.
+    passed: u32,
+    /// How long the next has until it is overdue.
+    patience: Duration,
+}
+
+impl Probing {
+    /// Permits that are out, or used up.
+    fn taken(&self, now: Instant) -> usize {
+        self.out.iter().filter(|(_, due)| *due > now).count().saturating_add(self.passed as usize)
+    }
+
+    fn give_back(&mut self, probe: Option<u64>) {
+        self.out.retain(|(number, _)| Some(*number) != probe);
+    }
 }
 
 /// The state machine.
@@ -155,6 +179,7 @@ pub(super) struct Machine {
     opened_at: Instant,
     consecutive: u32,
     successes: u64,
+    probes: u64,
     window: Window,
     /// How often it opened in a row without holding in between.
     openings: u32,
@@ -173,6 +198,7 @@ impl Machine {
             opened_at: now,
             consecutive: 0,
             successes: 0,
+            probes: 0,
             openings: 0,
             recovery: Duration::ZERO,
             random: seed,
@@ -193,10 +219,10 @@ impl Machine {
 
     /// Whether a request would be let through.
     pub(super) fn admits(&self, now: Instant) -> bool {
-        match self.phase {
+        match &self.phase {
             Phase::Closed { .. } => true,
             Phase::Open { until } => until.is_some_and(|until| until <= now),
-            Phase::HalfOpen { out, passed } => out.saturating_add(passed) < self.config.half_open_permits.get(),
+            Phase::HalfOpen(probing) => probing.taken(now) < self.config.half_open_permits.get() as usize,
         }
     }
 
@@ -206,17 +232,24 @@ impl Machine {
         if !self.admits(now) {
             return (Err(self.retry_after(now)), None);
         }
-        match &mut self.phase {
-            Phase::Closed { .. } => (Ok(Ticket::ordinary(generation)), None),
+        let change = match &self.phase {
+            Phase::Closed { .. } => return (Ok(Ticket::ordinary(generation)), None),
             Phase::Open { .. } => {
-                self.phase = Phase::HalfOpen { out: 1, passed: 0 };
-                (Ok(Ticket { generation, probe: true }), Some(Change::HalfOpened))
+                self.phase = Phase::HalfOpen(Probing { out: Vec::new(), passed: 0, patience: self.recovery });
+                Some(Change::HalfOpened)
             }
-            Phase::HalfOpen { out, .. } => {
-                *out += 1;
-                (Ok(Ticket { generation, probe: true }), None)
+            Phase::HalfOpen(_) => None,
+        };
+        self.probes += 1;
+        if let Phase::HalfOpen(Probing { out, patience, .. }) = &mut self.phase {
+            let before = out.len();
+            out.retain(|(_, due)| *due > now);
+            if out.len() < before {
+                *patience = patience.saturating_mul(2).min(self.config.max_recovery().get());
             }
+            out.push((self.probes, now + *patience));
         }
+        (Ok(Ticket { generation, probe: Some(self.probes) }), change)
     }
 
     /// When to come again, where that is known. Nothing where a request would be let through.
@@ -224,7 +257,7 @@ impl Machine {
         match self.phase {
             Phase::Closed { .. } => None,
             Phase::Open { until } => until.filter(|until| *until > now).map(|until| until - now),
-            Phase::HalfOpen { .. } => (!self.admits(now)).then_some(PROBING),
+            Phase::HalfOpen(_) => (!self.admits(now)).then_some(PROBING),
         }
     }
 
@@ -245,7 +278,7 @@ impl Machine {
         let permits = self.config.half_open_permits.get();
         let mut mark = Mark {
             generation: self.generation,
-            probe: ticket.probe,
+            probe: ticket.is_probe(),
             bucket: None,
             streak: self.consecutive,
             number: self.successes + 1,
@@ -253,12 +286,12 @@ impl Machine {
         match &mut self.phase {
             // A ticket of this generation was given out before it ended or after it began.
             Phase::Open { .. } => (None, None),
-            Phase::HalfOpen { .. } if failed || slow => (None, Some(self.trip(Why::FailedProbe, now))),
-            Phase::HalfOpen { out, passed } => {
-                *out = out.saturating_sub(1);
-                *passed += 1;
+            Phase::HalfOpen(_) if failed || slow => (None, Some(self.trip(Why::FailedProbe, now))),
+            Phase::HalfOpen(probing) => {
+                probing.give_back(ticket.probe);
+                probing.passed += 1;
                 self.successes += 1;
-                let closes = *passed >= permits;
+                let closes = probing.passed >= permits;
                 let change = closes.then(|| {
                     self.close(now);
                     Change::Closed { by_operator: false }
@@ -284,10 +317,9 @@ impl Machine {
     /// The client of `ticket` left before there was anything to judge.
     pub(super) fn leave(&mut self, ticket: &Ticket) {
         if ticket.generation == self.generation
-            && ticket.probe
-            && let Phase::HalfOpen { out, .. } = &mut self.phase
+            && let Phase::HalfOpen(probing) = &mut self.phase
         {
-            *out = out.saturating_sub(1);
+            probing.give_back(ticket.probe);
         }
     }
 
@@ -298,7 +330,7 @@ impl Machine {
         }
         match self.phase {
             Phase::Open { .. } => None,
-            Phase::HalfOpen { .. } => Some(self.trip(Why::FailedProbe, now)),
+            Phase::HalfOpen(_) => Some(self.trip(Why::FailedProbe, now)),
             // What had been closed on the strength of this answer.
             Phase::Closed { since } if mark.probe && !self.has_held(since, now) => {
                 Some(self.trip(Why::FailedProbe, now))
@@ -343,7 +375,8 @@ impl Machine {
         }
         self.config = config;
         // With fewer permits than probes that succeeded nobody would come to close it.
-        let due = matches!(self.phase, Phase::HalfOpen { passed, .. } if passed >= self.config.half_open_permits.get());
+        let due =
+            matches!(&self.phase, Phase::HalfOpen(probing) if probing.passed >= self.config.half_open_permits.get());
         due.then(|| {
             self.close(now);
             Change::Closed { by_operator: false }
@@ -351,10 +384,10 @@ impl Machine {
     }
 
     pub(super) fn snapshot(&self, now: Instant) -> Snapshot {
-        let (state, probes) = match self.phase {
+        let (state, probes) = match &self.phase {
             Phase::Closed { .. } => (State::Closed, 0),
             Phase::Open { .. } => (State::Open, 0),
-            Phase::HalfOpen { out, .. } => (State::HalfOpen, out),
+            Phase::HalfOpen(Probing { out, .. }) => (State::HalfOpen, u32::try_from(out.len()).unwrap_or(u32::MAX)),
         };
         let Counts { requests, failures, slow } = self.window.counts(now);
         Snapshot {
