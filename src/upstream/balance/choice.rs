@@ -6,11 +6,20 @@ use tokio::time::Instant;
 
 /// What an [`Ewma`] forgets by two thirds: linkerd's default.
 const DECAY: Duration = Duration::from_secs(10);
-/// What a failure counts as, at least. A failure is fast, and would attract the traffic that then fails (linkerd's Load
-/// Biaser takes 5 s for a 429).
-const FAILURE: f64 = 5.0;
+/// What a failure counts as, in multiples of what a response usually takes. A failure is fast, and would attract the
+/// traffic that then fails. (linkerd's Load Biaser takes 5 s for a 429, whatever is usual: for an upstream that answers
+/// within milliseconds, a minute's absence for a single one.)
+const FAILURE: f64 = 10.0;
+/// The same at least, in seconds.
+const LEAST_FAILURE: f64 = 0.1;
 /// The longest time that a failure counts as, in seconds: failures double what was there.
 const WORST: f64 = 60.0;
+/// What is heard after so long a silence says more of an endpoint than what was known before.
+const SILENCE: Duration = Duration::from_secs(1);
+/// The share of requests that goes by weight alone, to an endpoint that nothing was heard of for a while and that has
+/// nothing in flight: it may have recovered. One that has not costs a request in a second at most, and one that hangs
+/// one at a time.
+pub const SAMPLED: f64 = 0.05;
 /// Below this nobody tells endpoints apart, in seconds: a busy machine makes as much of a difference. Also what a new
 /// one is taken for.
 const LEAST: f64 = 0.005;
@@ -26,25 +35,48 @@ const FIRST_SHARE: f64 = 0.1;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ewma {
     seconds: f64,
+    /// The plain average of responses, without failures; 0 where there was none.
+    usual: f64,
     at: Option<Instant>,
 }
 
 impl Ewma {
     /// A response whose head took so long.
     pub fn observe(&mut self, took: Duration, now: Instant) {
+        let kept = if self.usual > 0.0 { self.kept(now) } else { 0.0 };
+        self.usual = self.usual * kept + took.as_secs_f64() * (1.0 - kept);
         self.take(took.as_secs_f64(), now);
     }
 
-    /// A failure, after so long.
-    pub fn fail(&mut self, took: Duration, now: Instant) {
-        let bad = (2.0 * self.seconds(now)).clamp(FAILURE, WORST);
+    /// A request that was given up after so long: it would have taken longer still.
+    pub fn outlast(&mut self, took: Duration, now: Instant) {
+        if took.as_secs_f64() > self.seconds(now) {
+            self.take(took.as_secs_f64(), now);
+        }
+    }
+
+    /// A failure, after so long, where responses of the upstream usually take `usual` seconds.
+    pub fn fail(&mut self, took: Duration, usual: f64, now: Instant) {
+        let bad = (FAILURE * usual).max(2.0 * self.seconds(now)).clamp(LEAST_FAILURE, WORST);
         self.take(bad.max(took.as_secs_f64()), now);
     }
 
     fn take(&mut self, sample: f64, now: Instant) {
-        let kept = self.kept(now);
+        let kept = if self.is_silent(now) { self.kept(now).min(0.5) } else { self.kept(now) };
         self.seconds = if sample > self.seconds * kept { sample } else { self.seconds * kept + sample * (1.0 - kept) };
         self.at = Some(self.at.map_or(now, |at| at.max(now)));
+    }
+
+    /// Whether nothing was heard for long enough that it is worth to ask.
+    #[must_use]
+    pub fn is_silent(&self, now: Instant) -> bool {
+        self.at.is_none_or(|at| now.saturating_duration_since(at) >= SILENCE)
+    }
+
+    /// What responses usually take, in seconds; nothing where there was none.
+    #[must_use]
+    pub fn usual(&self) -> Option<f64> {
+        (self.usual > 0.0).then_some(self.usual)
     }
 
     /// How much of the average is left.
@@ -189,11 +221,41 @@ mod tests {
         let now = Instant::now();
         let (mut fails, mut works) = (Ewma::default(), Ewma::default());
         for n in 0..10 {
-            fails.fail(ms(1), now + ms(n));
+            fails.fail(ms(1), 0.8, now + ms(n));
             works.observe(ms(800), now + ms(n));
         }
         assert!(fails.seconds(now + ms(10)) > 5.0 * works.seconds(now + ms(10)));
         assert!(fails.seconds(now + ms(10)) <= WORST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_costs_a_multiple_of_what_is_usual_and_samples_mend_it() {
+        let start = Instant::now();
+        let mut ewma = Ewma::default();
+        for n in 0..100 {
+            ewma.observe(ms(30), start + ms(100 * n));
+        }
+        assert!((ewma.usual().unwrap() - 0.03).abs() < 0.001);
+        let failed = start + Duration::from_secs(10);
+        ewma.fail(ms(1), 0.03, failed);
+        assert!((ewma.seconds(failed) - 0.3).abs() < 0.01, "{}", ewma.seconds(failed));
+        assert!((ewma.usual().unwrap() - 0.03).abs() < 0.001, "a failure is not usual");
+        for n in 1..=5 {
+            ewma.observe(ms(30), failed + Duration::from_secs(n));
+        }
+        let after = ewma.seconds(failed + Duration::from_secs(5));
+        assert!(after < 0.03 / CLEARLY, "{after} after five responses, a second apart");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_given_up_is_a_peak_or_says_nothing() {
+        let now = Instant::now();
+        let mut ewma = Ewma::default();
+        ewma.observe(ms(300), now);
+        ewma.outlast(ms(200), now + ms(1));
+        assert!(ewma.seconds(now + ms(1)) > 0.29);
+        ewma.outlast(ms(900), now + ms(2));
+        assert!(ewma.seconds(now + ms(2)) > 0.89);
     }
 
     #[test]
@@ -284,7 +346,10 @@ mod tests {
         }
 
         #[test]
-        fn an_average_stays_between_the_shortest_and_the_worst(samples in vec((0..100_000_u64, 0..20_000_u64, any::<bool>()), 1..50)) {
+        fn an_average_stays_between_the_shortest_and_the_worst(
+            samples in vec((0..100_000_u64, 0..20_000_u64, any::<bool>()), 1..50),
+            usual in 0.0..100.0_f64,
+        ) {
             let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
             let _entered = runtime.enter();
             let (mut now, mut ewma) = (Instant::now(), Ewma::default());
@@ -293,7 +358,7 @@ mod tests {
                 now += ms(gap);
                 let took = ms(took);
                 longest = longest.max(took.as_secs_f64());
-                if failed { ewma.fail(took, now) } else { ewma.observe(took, now) }
+                if failed { ewma.fail(took, usual, now) } else { ewma.observe(took, now) }
                 prop_assert!((LEAST..=longest).contains(&ewma.seconds(now)));
             }
         }

@@ -71,7 +71,7 @@ pub enum Algorithm {
     #[default]
     LeastRequests,
     /// Of two at random, the one with less to wait for: its time to the first byte, times what is in flight. A failure
-    /// counts as slow however fast it is.
+    /// counts as slow however fast it is: no connection, a reset, a timeout, 429, and what `health.passive` counts.
     PeakEwma,
 }
 

@@ -125,6 +125,12 @@ impl Endpoint {
         self.latency.lock()
     }
 
+    /// Whether nothing is known of how it does now: nothing is in flight, and nothing was heard for a while.
+    #[must_use]
+    pub fn is_unheard(&self, now: Instant) -> bool {
+        self.in_flight() == 0 && self.latency().is_silent(now)
+    }
+
     /// Its health.
     pub fn health(&self) -> MutexGuard<'_, Health> {
         self.health.lock()

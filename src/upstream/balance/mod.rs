@@ -103,6 +103,8 @@ pub struct Balancer {
     upstream: Arc<str>,
     config: Config,
     passive: Option<health::Passive>,
+    /// The statuses that are failures: those of passive health, which has the breaker's defaults.
+    failure_status: BTreeSet<u16>,
     members: ArcSwap<Members>,
     metrics: PickMetrics,
 }
@@ -192,6 +194,7 @@ impl Balancer {
             upstream: upstream.into(),
             members: ArcSwap::from_pointee(Members::new(members, config.algorithm)),
             config,
+            failure_status: passive.clone().unwrap_or_default().failure_status,
             passive,
             metrics: metrics.picks(upstream),
         }
@@ -292,6 +295,12 @@ impl Balancer {
             Algorithm::RoundRobin => left[choice::in_turn(&mut members.owed.lock(), left, &weights)],
             Algorithm::Random => left[choice::draw(&weights, random())],
             Algorithm::LeastRequests | Algorithm::PeakEwma => {
+                if self.config.algorithm == Algorithm::PeakEwma && random() < choice::SAMPLED {
+                    let place = left[choice::draw(&weights, random())];
+                    if members.list[place].endpoint.is_unheard(now) {
+                        return place;
+                    }
+                }
                 let mean = weights.iter().sum::<f64>() / weights.iter().map(|_| 1.0).sum::<f64>();
                 let load = |place: usize| self.load(&members.list[left[place]], mean, now);
                 left[choice::of_two(&mut weights, random, load)]
@@ -318,6 +327,30 @@ impl Balancer {
             Algorithm::PeakEwma => choice::wait(in_flight, share, member.endpoint.latency().seconds(now)),
             _ => in_flight / share,
         }
+    }
+
+    /// Notes what a response's head, after so long, says of the times of `endpoint`.
+    fn answered(&self, endpoint: &Endpoint, status: StatusCode, took: Duration, now: Instant) {
+        if status.as_u16() < 400 {
+            endpoint.latency().observe(took, now);
+        } else if status == StatusCode::TOO_MANY_REQUESTS || self.failure_status.contains(&status.as_u16()) {
+            let usual = self.usual();
+            endpoint.latency().fail(took, usual, now);
+        } else if status.is_server_error() {
+            // The application's answer, as good as any other, and no faster: else it would attract the traffic.
+            let usual = Duration::from_secs_f64(self.usual());
+            endpoint.latency().observe(took.max(usual), now);
+        } else {
+            endpoint.latency().observe(took, now);
+        }
+    }
+
+    /// What responses usually take, over all endpoints, in seconds.
+    fn usual(&self) -> f64 {
+        let members = self.members.load();
+        let known = members.list.iter().filter_map(|member| member.endpoint.latency().usual());
+        let (count, sum) = known.fold((0.0, 0.0), |(count, sum), one| (count + 1.0, sum + one));
+        sum / f64::max(count, 1.0)
     }
 
     /// Notes that a request was served whole.
@@ -493,18 +526,15 @@ impl Future for ResponseFuture {
             Ok(response) => response,
             Err(error) => {
                 if Error::blames_endpoint(&*error) {
-                    held.endpoint().latency().fail(took, now);
+                    let usual = balancer.usual();
+                    held.endpoint().latency().fail(took, usual, now);
                     balancer.failed(held.endpoint());
                 }
                 return Poll::Ready(Err(error));
             }
         };
         let status = response.status();
-        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            held.endpoint().latency().fail(took, now);
-        } else {
-            held.endpoint().latency().observe(took, now);
-        }
+        balancer.answered(held.endpoint(), status, took, now);
         let failed = balancer.passive.as_ref().is_some_and(|passive| passive.is_failure(status));
         if failed {
             balancer.failed(held.endpoint());

@@ -13,6 +13,10 @@ use crate::config::units::{HumanDuration, Toggle};
 #[derive(Debug, Clone, Copy)]
 enum Does {
     Answer(u16),
+    /// As the path says.
+    AsAsked,
+    /// The first endpoint answers so, all others 200.
+    First(u16),
     Stream,
     BreakOff,
     Fail,
@@ -73,9 +77,13 @@ impl Scene {
             let (name, noted) = (member.endpoint.name().to_string(), noted.clone());
             let (looks, is) = open(&name);
             let admit: Option<Arc<dyn Admit>> = Some(Arc::new(Gate(looks, is)));
-            let service = service_fn(move |_: Request| {
+            let service = service_fn(move |request: Request| {
                 noted.lock().push(name.clone());
-                respond(does)
+                respond(match does {
+                    Does::AsAsked => Does::Answer(request.uri().path().trim_start_matches('/').parse().unwrap()),
+                    Does::First(code) => Does::Answer(if name.contains("10.0.0.1:") { code } else { 200 }),
+                    does => does,
+                })
             });
             Lane { service: HttpService::new(service), admit }
         });
@@ -100,7 +108,7 @@ impl Scene {
 async fn respond(does: Does) -> Result<Response, BoxError> {
     let status = |status| http::Response::builder().status(status);
     match does {
-        Does::Answer(code) => Ok(status(code).body(Body::empty())?),
+        Does::Answer(code) | Does::First(code) => Ok(status(code).body(Body::empty())?),
         Does::Stream => {
             Ok(status(200).body(Body::new(http_body_util::StreamBody::new(futures_util::stream::iter([
                 Ok::<_, Infallible>(Frame::data(Bytes::from_static(b"a"))),
@@ -112,7 +120,7 @@ async fn respond(does: Does) -> Result<Response, BoxError> {
             Ok(status(200).body(Body::new(http_body_util::StreamBody::new(frames)))?)
         }
         Does::Fail => Err(Error::from(Kind::ConnectFailed).into()),
-        Does::Hang => std::future::pending().await,
+        Does::Hang | Does::AsAsked => std::future::pending().await,
     }
 }
 
@@ -160,6 +168,41 @@ async fn what_is_in_flight_counts_whatever_the_unit_of_the_weights() {
             let _streams = [scene.members[0].endpoint.enter(), scene.members[0].endpoint.enter()];
             assert_eq!(scene.counts(100).await, [0, 100], "{algorithm:?} at weights of {weight}");
         }
+    }
+}
+
+/// Asks for `path`, 50 times a second.
+async fn ask_for(scene: &Scene, path: &str, seconds: u32) -> Vec<String> {
+    let before = scene.asked.lock().len();
+    for _ in 0..50 * seconds {
+        drop(scene.ask(get(path)).await);
+        advance(Duration::from_millis(20)).await;
+    }
+    scene.asked.lock()[before..].to_vec()
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_failure_does_not_take_an_endpoint_out_for_long() {
+    for (status, pause) in [("/500", 0), ("/429", 20), ("/503", 20)] {
+        let scene = Scene::new(config(Algorithm::PeakEwma), None, &[1, 1], Does::AsAsked);
+        ask_for(&scene, "/200", 10).await;
+        drop(scene.ask(get(status)).await);
+        let failed = scene.asked.lock().last().unwrap().clone();
+        ask_for(&scene, "/200", pause).await;
+        let after = ask_for(&scene, "/200", 10).await;
+        let share = after.iter().filter(|name| **name == failed).count();
+        assert!((150..=350).contains(&share), "{status}: {share} of 500");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_fails_fast_is_not_taken_for_fast() {
+    for (status, share) in [(429, 0..=60), (503, 0..=60), (500, 1..=600)] {
+        let scene = Scene::new(config(Algorithm::PeakEwma), None, &[1, 1], Does::First(status));
+        scene.members[1].endpoint.latency().observe(Duration::from_millis(800), Instant::now());
+        let asked = ask_for(&scene, "/", 20).await;
+        let first = asked.iter().filter(|name| name.contains("10.0.0.1:")).count();
+        assert!(share.contains(&first), "{status}: {first} of 1000");
     }
 }
 
