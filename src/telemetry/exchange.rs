@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -39,6 +39,7 @@ struct Shared {
     received: AtomicU64,
     /// Nanoseconds from the start to the last of `received`; 0 for never.
     last_received: AtomicU64,
+    received_all: AtomicBool,
     sent: AtomicU64,
     facts: Mutex<Facts>,
 }
@@ -133,7 +134,8 @@ impl Exchange {
         };
         let (received, last_received, sent) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let (started, facts) = (Instant::now(), Mutex::default());
-        Self(Arc::new(Shared { started, asked, received, last_received, sent, facts }))
+        let received_all = AtomicBool::new(false);
+        Self(Arc::new(Shared { started, asked, received, last_received, received_all, sent, facts }))
     }
 
     /// The record of `request`; `None` where no access log layer stands outside.
@@ -169,6 +171,17 @@ impl Exchange {
         self.0.received.fetch_add(bytes as u64, Ordering::Relaxed);
         let nanos = u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.0.last_received.store(nanos.max(1), Ordering::Relaxed);
+    }
+
+    /// Notes that all of the request's body has arrived.
+    pub fn receive_end(&self) {
+        self.0.received_all.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether all of the request's body has arrived, where it has one.
+    #[must_use]
+    pub fn has_received_all(&self) -> bool {
+        self.0.received_all.load(Ordering::Relaxed)
     }
 
     /// When the last bytes of the request's body arrived, if any did: from then on the upstream is waited for.

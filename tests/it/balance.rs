@@ -126,6 +126,25 @@ async fn a_slow_endpoint_gets_less() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_hangs_where_clients_lose_patience_looks_slow() {
+    let (hangs, other) = (Backend::start().await, Backend::nowhere().await);
+    let endpoints = [hangs.url(), weighted(&other, 0)];
+    let proxy = Proxy::start(&file(&endpoints, ", balance: { algorithm: peak_ewma }", "")).await;
+    for (request, patience) in
+        [(GET, 100_u32), ("POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 1\r\n\r\na", 300)]
+    {
+        let mut client = proxy.connect().await;
+        client.send(request).await;
+        let (mut upstream, _) = hangs.accept_head().await;
+        tokio::time::sleep(Duration::from_millis(patience.into())).await;
+        client.leave(true);
+        upstream.rest().await;
+        let looks = async || shown(&proxy).await[name(&hangs.url())]["first_byte_ms"].as_f64();
+        eventually("it to look slow", async || looks().await.is_some_and(|ms| ms >= 0.9 * f64::from(patience))).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stream_is_in_flight_until_it_ends_or_its_client_leaves() {
     let (one, other) = (Backend::start().await, Backend::nowhere().await);
     let endpoints = [one.url(), weighted(&other, 0)];

@@ -500,6 +500,20 @@ struct Asked {
     upload: Option<Exchange>,
 }
 
+impl Drop for Asked {
+    /// Where it is given up before there is an answer, because a client lost patience or a deadline came, an answer would
+    /// have taken longer still: an endpoint that hangs must not look as fast as it was. It is not blamed. Whoever has not
+    /// sent all of its request has not waited for the endpoint.
+    fn drop(&mut self) {
+        let Some(held) = &self.held else { return };
+        if self.upload.as_ref().is_none_or(Exchange::has_received_all) {
+            let now = Instant::now();
+            let waited = now.saturating_duration_since(Exchange::waiting_since(self.upload.as_ref(), self.begun));
+            held.endpoint().latency().outlast(waited, now);
+        }
+    }
+}
+
 impl fmt::Debug for ResponseFuture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()

@@ -206,6 +206,46 @@ async fn who_fails_fast_is_not_taken_for_fast() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn whom_clients_leave_before_it_answers_is_taken_for_slow() {
+    let scene = Scene::new(config(Algorithm::PeakEwma), None, &[1], Does::Hang);
+    let endpoint = &scene.members[0].endpoint;
+    let latency = || endpoint.latency().seconds(Instant::now());
+    let usual = latency();
+    let leave = async |request: Request, after| drop(tokio::time::timeout(after, scene.ask(request)).await);
+    leave(get("/"), Duration::from_millis(1)).await;
+    assert!(latency() <= usual, "who leaves at once has not waited");
+    leave(get("/"), Duration::from_millis(200)).await;
+    assert!(latency() > 0.19, "{}", latency());
+
+    let upload = |all| {
+        let mut request = http::Request::post("/").body(Body::new(Never)).unwrap();
+        let exchange = Exchange::new(&request);
+        if all {
+            exchange.receive_end();
+        }
+        request.extensions_mut().insert(exchange);
+        request
+    };
+    leave(upload(false), Duration::from_secs(3)).await;
+    assert!(latency() < 0.2, "whose request was not there has not waited for an answer");
+    leave(upload(true), Duration::from_secs(3)).await;
+    assert!(latency() > 2.9, "{}", latency());
+    assert_eq!((endpoint.in_flight(), endpoint.is_healthy(Instant::now())), (0, true));
+}
+
+/// The body of an upload that takes its time.
+struct Never;
+
+impl HttpBody for Never {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Pending
+    }
+}
+
 #[tokio::test]
 async fn a_key_stays_where_it_is_when_another_endpoint_goes() {
     let hash = Config { algorithm: Algorithm::Hash, hash: Some(HashKey::Path), ..Config::default() };
