@@ -3,6 +3,10 @@
 //! From the request's head to the response's end, and never over a stream unless asked: a response that is
 //! an event stream, or whose length is not known, is done with the deadline once its head is there.
 //!
+//! A body can tell of its deadline only where it is asked, and nobody asks where the client does not read. Whoever drives
+//! the connection finds [`message::Deadline`] among the extensions of such a response, and drops it then; the body notes
+//! in the record of the exchange that this is what ended it.
+//!
 //! ```
 //! use std::time::Duration;
 //! use http::{Request, Response};
@@ -37,6 +41,7 @@ use tower::{Layer, Service};
 use crate::{
     message::{self, Body, BoxError, Error, Kind},
     sse,
+    telemetry::Exchange,
 };
 
 /// Gives an exchange `total`, streams excepted.
@@ -95,7 +100,9 @@ where
     fn call(&mut self, mut request: Request<ReqBody>) -> Self::Future {
         let deadline = Instant::now() + self.settings.total;
         request.extensions_mut().insert(message::Deadline(deadline));
+        let exchange = Exchange::of(&request).cloned();
         ResponseFuture {
+            exchange,
             inner: self.inner.call(request),
             sleep: sleep_until(deadline),
             deadline,
@@ -113,6 +120,7 @@ pin_project! {
         sleep: Sleep,
         deadline: Instant,
         streams: bool,
+        exchange: Option<Exchange>,
     }
 }
 
@@ -127,15 +135,15 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         if let Poll::Ready(result) = this.inner.poll(cx) {
-            let response = result.map_err(Into::into)?;
-            let bound = *this.streams || !is_stream(&response);
-            return Poll::Ready(Ok(response.map(|body| {
-                if bound && !body.is_end_stream() {
-                    Body::new(ResponseBody { body, sleep: sleep_until(*this.deadline) })
-                } else {
-                    Body::new(body)
-                }
-            })));
+            let mut response = result.map_err(Into::into)?;
+            if response.body().is_end_stream() || !*this.streams && is_stream(&response) {
+                return Poll::Ready(Ok(response.map(Body::new)));
+            }
+            response.extensions_mut().insert(message::Deadline(*this.deadline));
+            let (sleep, exchange) = (sleep_until(*this.deadline), this.exchange.take());
+            return Poll::Ready(
+                Ok(response.map(|body| Body::new(ResponseBody { body, sleep, over: false, exchange }))),
+            );
         }
         // Not by the task's budget, which an upstream that talks without pause uses up in each turn.
         ready!(pin!(unconstrained(this.sleep)).poll(cx));
@@ -149,11 +157,26 @@ fn is_stream<B: HttpBody>(response: &Response<B>) -> bool {
 
 pin_project! {
     /// A response body that fails at its deadline.
-    struct ResponseBody<B> {
+    struct ResponseBody<B: HttpBody> {
         #[pin]
         body: B,
         #[pin]
         sleep: Sleep,
+        over: bool,
+        exchange: Option<Exchange>,
+    }
+
+    impl<B: HttpBody> PinnedDrop for ResponseBody<B> {
+        fn drop(this: Pin<&mut Self>) {
+            // Dropped too late to be told.
+            if !this.over
+                && !this.body.is_end_stream()
+                && this.sleep.deadline() <= Instant::now()
+                && let Some(exchange) = &this.exchange
+            {
+                exchange.cut(&Error::from(Kind::DeadlineExceeded));
+            }
+        }
     }
 }
 
@@ -168,9 +191,12 @@ where
         let this = self.project();
         // The clock first: a body that always has a frame ready must not outrun it.
         if this.sleep.poll(cx).is_ready() {
+            *this.over = true;
             return Poll::Ready(Some(Err(Error::from(Kind::DeadlineExceeded).into())));
         }
-        this.body.poll_frame(cx).map_err(Into::into)
+        let frame = ready!(this.body.poll_frame(cx));
+        *this.over = !matches!(frame, Some(Ok(_)));
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -238,6 +264,27 @@ mod tests {
         assert_eq!(end(false, false).await, (Some(Kind::DeadlineExceeded), 10));
         assert_eq!(end(false, true).await, (None, 60));
         assert_eq!(end(true, true).await, (Some(Kind::DeadlineExceeded), 10), "where it was asked for");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_is_dropped_after_its_deadline_was_ended_by_it() {
+        for (after, error) in [(9, None), (10, Some("deadline-exceeded"))] {
+            let backend = service_fn(|_: Request<Body>| async {
+                let never = Box::pin(StreamBody::new(stream::pending::<Result<Frame<Bytes>, Infallible>>()));
+                Ok::<_, Infallible>(Response::new(Sized(never, false)))
+            });
+            let mut request = Request::new(Body::empty());
+            let exchange = Exchange::new(&request);
+            request.extensions_mut().insert(exchange.clone());
+            let begun = Instant::now();
+            let total = Duration::from_secs(10);
+            let response = DeadlineLayer::new(total).layer(backend).oneshot(request).await.unwrap();
+            let deadline = response.extensions().get::<message::Deadline>().expect("whoever drives it is told");
+            assert_eq!(deadline.0, begun + total);
+            tokio::time::advance(Duration::from_secs(after)).await;
+            drop(response);
+            assert_eq!(exchange.facts().error, error, "after {after} s");
+        }
     }
 
     #[tokio::test(start_paused = true)]

@@ -153,8 +153,8 @@ pub struct TunnelIdle(pub Duration);
 
 /// When the exchange will be cut, if it is not over before.
 ///
-/// Request extension. Written by `layers::deadline`; read by `layers::retry`, which does not begin what cannot be
-/// finished.
+/// Request extension, and of a response that it still binds. Written by `layers::deadline`; read by `layers::retry`, which
+/// does not begin what cannot be finished, and by `server`, which ends a response whose client does not take it.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline(pub Instant);
 

@@ -7,7 +7,8 @@
 //! Three waits are bounded: for a request's head (`client_header`, from the accept or from the head's first byte), for the
 //! next request (`keepalive`, from the end of the last response), and for a client that takes nothing of what is
 //! written to it (`idle` of the defaults; while it does not, nobody asks a response's body for more, so no timeout
-//! of the body's own can see it; for a single stream of HTTP/2 see `streams`). hyper's own timer for the first is re-armed at
+//! of the body's own can see it; for a single stream of HTTP/2 see `streams`). For the same reason a response that has a
+//! deadline, and whose client does not take it, is ended from here. hyper's own timer for the first is re-armed at
 //! every request; here one timer per connection is armed and looked at again when it fires, and requests only
 //! leave their marks in a record of their connection: two atomic additions and one look at the clock.
 //!
@@ -54,12 +55,12 @@ use super::{
     failures::{Failures, Slow, Ungreeted, reason},
     proxy_protocol,
     response::Outbound,
-    streams::{Streams, asked},
+    streams::{self, Streams, asked},
     tls::Tls,
 };
 use crate::{
     layers::timeouts,
-    message::{Body, BoxError, Connection as Facts, Error, Kind, Peer, Request},
+    message::{Body, BoxError, Connection as Facts, Deadline, Error, Kind, Peer, Request},
     settings::listener::ProxyProtocol,
     telemetry::metrics::ConnectionError,
 };
@@ -72,6 +73,9 @@ const CLOSE_GRACE: Duration = Duration::from_secs(5);
 /// When a drain begins, or its place is wanted, how long a connection that has not sent its first byte may still do so:
 /// the client may have connected the moment before.
 const FRESH_GRACE: Duration = Duration::from_secs(1);
+/// A response that should be over, and whose body has been asked and so knows, is on its way to its end: after this
+/// long it is seen whether its client takes what is left.
+const OVERDUE: Duration = Duration::from_millis(100);
 /// How much of an unread request body is thrown away after the answer, at most.
 const LINGER_BYTES: u32 = 1 << 20;
 /// `SETTINGS_INITIAL_WINDOW_SIZE`: what one HTTP/2 stream may send before its handler reads, and so what it may send in
@@ -252,6 +256,8 @@ pub(super) struct Watch {
     ended: AtomicU64,
     /// Since when the client takes nothing of what is written, in microseconds from `accepted`; 0 while it does.
     stalled: AtomicU64,
+    /// HTTP/1.1: when the response has to be over, in microseconds from `accepted`; 0 where it may take its time.
+    due: AtomicU64,
     flags: AtomicU16,
     /// The connection's task while it owns a tunnel.
     owner: AtomicWaker,
@@ -308,6 +314,12 @@ impl Watch {
         (since != 0).then(|| self.accepted + Duration::from_micros(since))
     }
 
+    /// When the response has to be over.
+    fn due(&self) -> Option<Instant> {
+        let due = self.due.load(Ordering::Relaxed);
+        (due != 0).then(|| self.accepted + Duration::from_micros(due))
+    }
+
     fn ended(&self) -> Instant {
         self.accepted + Duration::from_micros(self.ended.load(Ordering::Acquire))
     }
@@ -356,6 +368,9 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         // The time first: whoever sees no request in flight must not take the connection for long idle.
         self.0.ended.store(micros(self.0.accepted.elapsed()), Ordering::Release);
+        if self.0.due.load(Ordering::Relaxed) != 0 {
+            self.0.due.store(0, Ordering::Relaxed);
+        }
         self.0.in_flight.fetch_sub(1, Ordering::AcqRel);
     }
 }
@@ -727,6 +742,15 @@ where
         } else if *this.connect && response.status().is_success() {
             in_flight.0.set(CONNECTED);
         }
+        if let Some(Deadline(at)) = response.extensions().get() {
+            if *this.http2 {
+                streams::due(*at);
+            } else {
+                // Not before it: the body notes what it was dropped for.
+                let due = micros(at.saturating_duration_since(in_flight.0.accepted)) + 1;
+                in_flight.0.due.store(due, Ordering::Relaxed);
+            }
+        }
         let by_close = *this.before_11 && !response.headers().contains_key(CONTENT_LENGTH);
         Poll::Ready(Ok(response.map(|body| Outbound::new(body, *this.http2, by_close, in_flight))))
     }
@@ -811,6 +835,8 @@ pin_project_lite::pin_project! {
         waker: Option<Waker>,
         requests: u32,
         head: Option<Instant>,
+        // When the response has to be over, as far as the timer knows.
+        due: Option<Instant>,
         ending: Ending,
     }
 }
@@ -848,6 +874,7 @@ impl<H: Handler> Serve<H> {
             requests: AtomicU32::new(0),
             ended: AtomicU64::new(0),
             stalled: AtomicU64::new(0),
+            due: AtomicU64::new(0),
             flags: AtomicU16::new(0),
             owner: AtomicWaker::new(),
             tunnel: AtomicWaker::new(),
@@ -867,6 +894,7 @@ impl<H: Handler> Serve<H> {
             waker: None,
             requests: 0,
             head: None,
+            due: None,
             ending: Ending::No,
         }
     }
@@ -992,6 +1020,14 @@ impl<H: Handler> Future for Serve<H> {
                     *this.waker = None;
                 }
             }
+            let due = this.watch.due();
+            if due != *this.due {
+                *this.due = due;
+                if let Some(due) = due.filter(|due| *due < this.timer.deadline()) {
+                    this.timer.as_mut().reset(due);
+                    *this.waker = None;
+                }
+            }
             if *this.ending != Ending::Lingering && this.watch.is(LINGER) {
                 *this.ending = Ending::Lingering;
                 this.timer.as_mut().reset(Instant::now() + CLOSE_GRACE);
@@ -1055,33 +1091,40 @@ fn look<H: Handler>(state: &State<H>, watch: &Watch, timing: &Timing, head: Opti
     if stalled.is_some_and(|due| now >= due) {
         return Look::GiveUp("takes nothing of what is written");
     }
+    let due = watch.due();
+    if stalled.is_some() && due.is_some_and(|due| now >= due) {
+        return Look::Drop("does not take a response that should be over");
+    }
+    let due = due.map(|due| if now >= due { now + OVERDUE } else { due });
     // The end of an answer may lie unwritten when its body is long over.
     let is_busy = watch.is_busy() || stalled.is_some();
     match ending {
         Ending::Fresh => return Look::Drop("drain"),
         Ending::Lingering => return Look::Drop("the rest of a request was too long"),
         // The client has to say something between GOAWAY and the end; a tunnel in a stream ends by itself.
-        Ending::Told | Ending::Rested if is_busy || watch.is(CONNECTED) => return Look::Again(now + CLOSE_GRACE),
+        Ending::Told | Ending::Rested if is_busy || watch.is(CONNECTED) => {
+            return Look::Again(due.unwrap_or(now + CLOSE_GRACE).min(now + CLOSE_GRACE));
+        }
         Ending::Told | Ending::Rested if head.is_none() => {
             let rests = ending == Ending::Rested && watch.is(LARGE);
-            let due = watch.ended() + if rests { keepalive + idle } else { CLOSE_GRACE };
-            return if now >= due { Look::Drop("slow to close") } else { Look::Again(due) };
+            let late = watch.ended() + if rests { keepalive + idle } else { CLOSE_GRACE };
+            return if now >= late { Look::Drop("slow to close") } else { Look::Again(late) };
         }
         Ending::Told | Ending::Rested | Ending::No => {}
     }
     if is_busy {
         // Not before this can a silence that begins now be over.
-        return Look::Again(stalled.unwrap_or(now + idle).min(now + keepalive));
+        return Look::Again(stalled.unwrap_or(now + idle).min(now + keepalive).min(due.unwrap_or(now + keepalive)));
     }
     let first = watch.requests.load(Ordering::Acquire) == 0;
-    let (due, why) = match head {
+    let (late, why) = match head {
         Some(head) => (head + header, "slow request head"),
         None if first => (watch.accepted + header, "no request"),
         None => (watch.ended() + keepalive, "idle"),
     };
     match state {
         // The head may come, and its request be over, long before the head would be late.
-        _ if now < due => Look::Again(due.min(now + keepalive)),
+        _ if now < late => Look::Again(late.min(now + keepalive)),
         State::Http1(..) if head.is_some() => Look::GiveUp(why),
         State::Http1(..) | State::Http2(..) => Look::Close,
         State::Greeting(..) => Look::GiveUp("slow to greet"),
@@ -1206,6 +1249,68 @@ mod tests {
         sleep(secs(299)).await;
         assert!(!serving.is_finished());
         timeout(secs(2), serving).await.expect("it is not waited for").unwrap();
+    }
+
+    /// An endless response that has to be over in ten seconds, and has hold of something.
+    fn overdue(held: Arc<()>) -> http::Response<impl HttpBody<Data = Bytes, Error = Infallible>> {
+        let frames = stream::repeat(held).map(|_| Ok::<_, Infallible>(Frame::data(Bytes::from_static(&[0; 4096]))));
+        let mut response = http::Response::new(StreamBody::new(frames));
+        response.extensions_mut().insert(Deadline(Instant::now() + secs(10)));
+        response
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_that_should_be_over_does_not_wait_for_its_client() {
+        let held = Arc::new(());
+        let holder = held.clone();
+        let (mut client, serving, _) = serve(move |_: Request| now(overdue(holder.clone())));
+        client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+        // It reads, but not all that there is.
+        for _ in 0..19 {
+            sleep(Duration::from_millis(500)).await;
+            client.read_exact(&mut [0; 4096]).await.unwrap();
+        }
+        assert_eq!(Arc::strong_count(&held), 3);
+        timeout(secs(1), serving).await.expect("it is cut").unwrap();
+        assert_eq!(Arc::strong_count(&held), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_deadline_is_that_of_its_response_and_of_no_other_on_the_connection() {
+        let (mut client, serving, _) = serve(|request: Request| {
+            let mut response = Response::new(Body::from("hello"));
+            if request.uri().path() == "/due" {
+                response.extensions_mut().insert(Deadline(Instant::now() + secs(10)));
+            }
+            sleep(secs(if request.uri().path() == "/due" { 0 } else { 20 })).map(|()| response)
+        });
+        for path in ["/due", "/slow"] {
+            client.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.unwrap();
+            answer(&mut client).await;
+        }
+        assert!(!serving.is_finished());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_of_http2_that_should_be_over_does_not_wait_for_its_client() {
+        let held = Arc::new(());
+        let holder = held.clone();
+        let (client, serving, _) = serve(move |_: Request| now(overdue(holder.clone())));
+        let (mut send, connection) =
+            hyper::client::conn::http2::handshake::<_, _, Body>(TokioExecutor::new(), TokioIo::new(client))
+                .await
+                .unwrap();
+        tokio::spawn(connection);
+        let request = http::Request::get("http://a/").body(Body::empty()).unwrap();
+        let mut slow = send.send_request(request).await.unwrap().into_body();
+        for _ in 0..19 {
+            sleep(Duration::from_millis(500)).await;
+            slow.frame().await.unwrap().unwrap();
+        }
+        assert_eq!(Arc::strong_count(&held), 3);
+        sleep(secs(1)).await;
+        assert_eq!(Arc::strong_count(&held), 2, "the response is dropped");
+        assert!(!serving.is_finished(), "the connection goes on");
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,6 +11,9 @@
 //! upstream request; the connection goes on. nginx does the same under `send_timeout`, Envoy under
 //! `stream_idle_timeout`.
 //!
+//! A response that has a deadline (`timeouts.total`) is held to it in the same way: its body sees the deadline only when it
+//! is asked.
+//!
 //! A client that reads slowly is asked no more than that it takes a piece of its response (see `response`) within `idle`.
 //!
 //! What a body has handed over to its end lies in h2, out of sight, until the window opens or the connection ends: at
@@ -45,6 +48,12 @@ enum Did {
 thread_local! {
     /// Between hyper and the executor there is no other way: what hyper polls runs within the poll of its task.
     static LAST: Cell<Did> = const { Cell::new(Did::Nothing) };
+    static DUE: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// Notes when the answer whose head is there has to be over.
+pub(super) fn due(at: Instant) {
+    DUE.set(Some(at));
 }
 
 /// Notes that the answer to a request, or its body, was polled.
@@ -63,7 +72,13 @@ where
 {
     fn execute(&self, stream: F) {
         // Its owner is the connection: without it the stream fails, and the task ends.
-        TokioExecutor::new().execute(Stream { inner: stream, timing: self.0.clone(), since: None, timer: None });
+        TokioExecutor::new().execute(Stream {
+            inner: stream,
+            timing: self.0.clone(),
+            since: None,
+            due: None,
+            timer: None,
+        });
     }
 }
 
@@ -74,6 +89,8 @@ pin_project_lite::pin_project! {
         timing: Arc<Timing>,
         // Since when the client takes nothing.
         since: Option<Instant>,
+        // When the response has to be over.
+        due: Option<Instant>,
         // Made at the first silence, and moved only when it fires too early.
         timer: Option<Pin<Box<Sleep>>>,
     }
@@ -85,6 +102,7 @@ impl<F: Future<Output = ()>> Future for Stream<F> {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = self.project();
         LAST.set(Did::Nothing);
+        DUE.set(None);
         if this.inner.poll(cx).is_ready() {
             return Poll::Ready(());
         }
@@ -93,13 +111,17 @@ impl<F: Future<Output = ()>> Future for Stream<F> {
             Did::Took => *this.since = Some(Instant::now()),
             Did::Nothing => {}
         }
+        if let Some(due) = DUE.get() {
+            *this.due = Some(due);
+        }
         let Some(since) = *this.since else { return Poll::Pending };
         let due = since + this.timing.idle();
+        let due = this.due.map_or(due, |deadline| deadline.min(due));
         let timer = this.timer.get_or_insert_with(|| Box::pin(sleep_until(due)));
         loop {
             ready!(timer.as_mut().poll(cx));
             if timer.deadline() >= due {
-                debug!("stream given up: the client takes nothing of the response");
+                debug!("stream given up: the client does not take the response");
                 return Poll::Ready(());
             }
             timer.as_mut().reset(due);
@@ -126,7 +148,7 @@ mod tests {
             }
             Poll::Pending
         });
-        Stream { inner, timing: Arc::default(), since: None, timer: None }
+        Stream { inner, timing: Arc::default(), since: None, due: None, timer: None }
     }
 
     /// Whether the stream has ended after each of these, a hundred seconds apart, with 300 s allowed.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use futures_util::future::join_all;
 use http::{Request, Response};
 use http_body_util::BodyExt;
+use serde_json::json;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::harness::{
@@ -608,4 +609,56 @@ async fn an_http2_stream_that_nobody_reads_does_not_hold_up_its_neighbour() {
     upstream.send("alive").await;
     assert_eq!(client::data(&mut body).await.unwrap(), Bytes::from("alive"));
     filling.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_holds_nothing_beyond_the_total() {
+    let settings = "routes: [{ upstream: api, concurrency: { max_in_flight: 1, queue: 0 } }]
+defaults: { timeouts: { total: 400ms } }";
+    for http2 in [false, true] {
+        let backend = Backend::start().await;
+        let proxy = Proxy::before(&backend.url(), settings).await;
+        let (mut wire, mut stream) = (None, None);
+        if http2 {
+            let client = Http2Client::to(proxy.address()).await;
+            let request =
+                http::Request::get("http://sidegate.test/").header("x-request-id", "unread").body(()).unwrap();
+            let (sender, answer) = client.begin(request);
+            sender.finish();
+            stream = Some((tokio::spawn(answer), client));
+        } else {
+            let mut client = proxy.connect().await;
+            client.send("GET / HTTP/1.1\r\nhost: sidegate.test\r\nx-request-id: unread\r\n\r\n").await;
+            wire = Some(client);
+        }
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n").await;
+        let piece = vec![b'x'; 1 << 16];
+        within("the upstream to be let go", async { while upstream.try_send(&piece).await.is_ok() {} }).await;
+
+        let line = proxy.access_line("unread").await;
+        assert_eq!((&line["error"], &line["aborted_by"]), (&json!("deadline-exceeded"), &json!("timeout")), "{line}");
+        let mut next = proxy.connect().await;
+        next.send("GET / HTTP/1.1\r\nhost: sidegate.test\r\n\r\n").await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+        assert_eq!(next.answer().await.text(), "ok", "its place is free");
+
+        if let Some(mut client) = wire {
+            let (read, _) = client.rest().await;
+            assert!(read.len() < 1_000_000_000, "it is broken off");
+        }
+        if let Some((answer, _client)) = stream {
+            let mut body = answer.await.unwrap().unwrap().into_body();
+            let end = within("the end", async {
+                loop {
+                    match body.frame().await {
+                        Some(Ok(_)) => {}
+                        end => return end,
+                    }
+                }
+            });
+            assert!(end.await.is_some_and(|end| end.is_err()), "it is broken off");
+        }
+    }
 }
