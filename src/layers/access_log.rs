@@ -225,13 +225,12 @@ impl<B: HttpBody<Data = Bytes>> HttpBody for Received<B> {
     type Error = B::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let mut this = self.project();
-        let frame = ready!(this.body.as_mut().poll_frame(cx));
+        let this = self.project();
+        let frame = this.body.poll_frame(cx);
+        this.exchange.await_client(frame.is_pending());
+        let frame = ready!(frame);
         if let Some(data) = frame.as_ref().and_then(|result| result.as_ref().ok()).and_then(Frame::data_ref) {
             this.exchange.receive(data.len());
-        }
-        if frame.is_none() || this.body.is_end_stream() {
-            this.exchange.receive_end();
         }
         Poll::Ready(frame)
     }

@@ -246,9 +246,9 @@ impl Patience {
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(self.deadline)));
         loop {
             ready!(timer.as_mut().poll(cx));
-            let late = self.upload.as_ref().and_then(Exchange::last_received).map(|last| last + self.after);
-            match late.filter(|late| *late > timer.deadline()) {
-                // The client has sent something since.
+            let excuse = self.upload.as_ref().and_then(|upload| upload.excuse(self.after, Instant::now()));
+            match excuse.filter(|late| *late > timer.deadline()) {
+                // The client has sent something since, or is expected to.
                 Some(late) => timer.as_mut().reset(late),
                 None => return Poll::Ready(()),
             }

@@ -142,9 +142,9 @@ impl Check for Config {
 
 /// Gives the inner service `after` to answer with a response head.
 ///
-/// The clock is started anew as long as the request's body is arriving (by the count of [`Exchange`]; without
-/// one it is not), so that a slow upload is not mistaken for a slow upstream. It stops at the head: gaps
-/// within a body are the business of [`IdleLayer`].
+/// The clock is started anew as long as the request's body is arriving, and while more of it is awaited or held back (by
+/// the record in [`Exchange`]; without one it is not), so that a slow upload is not mistaken for a slow upstream. It
+/// stops at the head: gaps within a body are the business of [`IdleLayer`], or of [`ClientBodyIdleLayer`].
 ///
 /// # Errors
 /// [`Kind::UpstreamTimeout`], 504. The upstream request is cancelled.
@@ -223,9 +223,9 @@ where
             // Not by the task's budget: an upstream that talks without pause and never gets to its head
             // (`100 Continue` without end) uses that up in each turn, and would never be late.
             ready!(pin!(unconstrained(this.sleep.as_mut())).poll(cx));
-            let late = this.upload.as_ref().and_then(Exchange::last_received).map(|last| last + *this.after);
-            match late.filter(|late| *late > this.sleep.deadline()) {
-                // The client has sent something since.
+            let excuse = this.upload.as_ref().and_then(|upload| upload.excuse(*this.after, Instant::now()));
+            match excuse.filter(|late| *late > this.sleep.deadline()) {
+                // The client has sent something since, or is expected to.
                 Some(late) => this.sleep.as_mut().reset(late),
                 None => return Poll::Ready(Err(Error::from(Kind::UpstreamTimeout).into())),
             }
@@ -483,6 +483,28 @@ mod tests {
         assert!(answer.as_mut().now_or_never().is_none(), "a byte has come");
         advance(secs(2)).await;
         assert!(answer.now_or_never().is_some(), "no byte has come since, for 30 seconds and not for 60");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_the_client_does_not_wait_for_the_upstream() {
+        let exchange = Exchange::new(&Request::new(()));
+        let silent = service_fn(|_: Request<Body>| std::future::pending::<Result<Response<Body>, Infallible>>());
+        let mut request = Request::new(Body::from("x"));
+        request.extensions_mut().insert(exchange.clone());
+        let mut answer = Box::pin(FirstByteLayer::new(secs(30)).layer(silent).oneshot(request));
+        exchange.hold_upload(Instant::now() + secs(10));
+        assert!(answer.as_mut().now_or_never().is_none());
+        advance(secs(39)).await;
+        assert!(answer.as_mut().now_or_never().is_none(), "it was not asked for its first byte before");
+        exchange.await_client(true);
+        advance(secs(100)).await;
+        assert!(answer.as_mut().now_or_never().is_none(), "the client is silent");
+        exchange.await_client(false);
+        exchange.receive(1);
+        advance(secs(29)).await;
+        assert!(answer.as_mut().now_or_never().is_none());
+        advance(secs(2)).await;
+        assert_eq!(answer.now_or_never().unwrap().as_ref().map_err(kind).unwrap_err(), Some(Kind::UpstreamTimeout));
     }
 
     #[tokio::test(start_paused = true)]

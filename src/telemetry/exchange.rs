@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -39,7 +39,8 @@ struct Shared {
     received: AtomicU64,
     /// Nanoseconds from the start to the last of `received`; 0 for never.
     last_received: AtomicU64,
-    received_all: AtomicBool,
+    /// Nanoseconds from the start until which nobody waits for the upstream: more of the request's body is to come first.
+    client_until: AtomicU64,
     sent: AtomicU64,
     facts: Mutex<Facts>,
 }
@@ -134,8 +135,8 @@ impl Exchange {
         };
         let (received, last_received, sent) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
         let (started, facts) = (Instant::now(), Mutex::default());
-        let received_all = AtomicBool::new(false);
-        Self(Arc::new(Shared { started, asked, received, last_received, received_all, sent, facts }))
+        let client_until = AtomicU64::new(0);
+        Self(Arc::new(Shared { started, asked, received, last_received, client_until, sent, facts }))
     }
 
     /// The record of `request`; `None` where no access log layer stands outside.
@@ -169,19 +170,40 @@ impl Exchange {
     /// Counts bytes of the request's body that have just arrived.
     pub fn receive(&self, bytes: usize) {
         self.0.received.fetch_add(bytes as u64, Ordering::Relaxed);
-        let nanos = u64::try_from(self.0.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        self.0.last_received.store(nanos.max(1), Ordering::Relaxed);
+        self.0.last_received.store(self.nanos(Instant::now()).max(1), Ordering::Relaxed);
     }
 
-    /// Notes that all of the request's body has arrived.
-    pub fn receive_end(&self) {
-        self.0.received_all.store(true, Ordering::Relaxed);
+    /// Notes that the request's body was asked for more: whether that is awaited of the client now.
+    pub fn await_client(&self, awaited: bool) {
+        self.0.client_until.store(if awaited { u64::MAX } else { 0 }, Ordering::Relaxed);
     }
 
-    /// Whether all of the request's body has arrived, where it has one.
+    /// Notes that the request's body is not asked for before `at`.
+    pub fn hold_upload(&self, at: Instant) {
+        self.0.client_until.store(self.nanos(at), Ordering::Relaxed);
+    }
+
+    /// Whether more of the request's body is awaited of the client, and not the upstream.
     #[must_use]
-    pub fn has_received_all(&self) -> bool {
-        self.0.received_all.load(Ordering::Relaxed)
+    pub fn awaits_client(&self, now: Instant) -> bool {
+        self.0.client_until.load(Ordering::Relaxed) > self.nanos(now)
+    }
+
+    /// Whether an upstream that may take `after`, and seems to be late, is not: until when it has time, where the client had
+    /// something to say meanwhile, or still has.
+    #[must_use]
+    pub fn excuse(&self, after: Duration, now: Instant) -> Option<Instant> {
+        let waits = match self.0.client_until.load(Ordering::Relaxed) {
+            // What comes will say since when.
+            u64::MAX => Some(now),
+            0 => None,
+            until => Some(self.0.started + Duration::from_nanos(until)),
+        };
+        Some(self.last_received().into_iter().chain(waits).max()? + after)
+    }
+
+    fn nanos(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.0.started).as_nanos()).unwrap_or(u64::MAX)
     }
 
     /// When the last bytes of the request's body arrived, if any did: from then on the upstream is waited for.

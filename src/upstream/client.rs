@@ -712,14 +712,23 @@ impl Endpoint {
     }
 }
 
-/// Wraps a body that is to be sent, so that it is known when it is through, and honours `Expect`.
+/// Wraps a body that is to be sent, so that it is known when it is through, and honours `Expect`: once. What has begun to
+/// arrive for an attempt before was asked for, and is sent to the next upstream without a word.
 fn track(request: &mut Request) -> Option<Arc<Progress>> {
     if request.body().is_end_stream() {
         return None;
     }
     let offered =
         request.headers().get(EXPECT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let begun = offered && Exchange::of(request).is_some_and(|exchange| exchange.last_received().is_some());
+    if begun {
+        request.headers_mut().remove(EXPECT);
+    }
+    let offered = offered && !begun;
     let (upload, progress) = Upload::new(std::mem::take(request.body_mut()), offered);
+    if let (Some(until), Some(exchange)) = (upload.held_until(), Exchange::of(request)) {
+        exchange.hold_upload(until);
+    }
     *request.body_mut() = Body::new(upload);
     if offered {
         let progress = progress.clone();

@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use crate::message::{Body, BoxError, Error, Kind};
 
@@ -65,6 +65,11 @@ impl Upload {
         let progress = Arc::new(Progress::default());
         let patience = offered.then(|| Box::pin(sleep(PATIENCE)));
         (Self { body, progress: progress.clone(), patience }, progress)
+    }
+
+    /// Until when it is held back at most.
+    pub(super) fn held_until(&self) -> Option<Instant> {
+        self.patience.as_ref().map(|patience| patience.deadline())
     }
 }
 

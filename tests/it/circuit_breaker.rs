@@ -213,6 +213,32 @@ async fn an_upload_that_its_client_breaks_off_counts_for_nothing_also_within_the
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_withholds_its_body_is_not_the_backends_silence() {
+    let backend = Backend::start().await;
+    let settings =
+        file("consecutive_failures: 1") + "\ndefaults: { timeouts: { client_body_idle: 500ms, first_byte: 100ms } }";
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    for begun in ["", "a"] {
+        let mut client = proxy.connect().await;
+        client.send(format!("POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 2\r\n\r\n{begun}")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        assert_eq!(client.answer().await.status(), 408);
+        upstream.rest().await;
+        assert_eq!(breaker(&proxy).await["state"], "closed");
+    }
+    // One that does not read its request is silent, though there is more of it.
+    let mut client = proxy.connect().await;
+    client
+        .send("POST / HTTP/1.1\r\nhost: sidegate.test\r\nx-request-id: unread\r\ncontent-length: 999999999\r\n\r\n")
+        .await;
+    let (_upstream, _) = backend.accept_head().await;
+    let piece = vec![b'x'; 1 << 16];
+    within("the connection's end", async { while client.try_send(&piece).await.is_ok() {} }).await;
+    assert_eq!(proxy.access_line("unread").await["status"], 504);
+    assert_eq!(breaker(&proxy).await["state"], "open");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_silent_backend_opens_it_by_its_timeouts() {
     let backend = Backend::start().await;
     let settings = file("consecutive_failures: 2") + "\ndefaults: { timeouts: { first_byte: 50ms } }";

@@ -324,6 +324,21 @@ async fn an_offered_body_is_sent_when_the_upstream_asks_for_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_upstream_that_does_not_ask_for_an_offered_body_is_not_late_for_it() {
+    let backend = Backend::start().await;
+    // Much less than the offer lasts.
+    let proxy = Proxy::before(&backend.url(), "defaults: { timeouts: { first_byte: 300ms } }").await;
+    let mut client = proxy.connect().await;
+    client.send(OFFER).await;
+    let (mut upstream, _) = backend.accept_head().await;
+    assert_eq!(client.head().await.start, "HTTP/1.1 100 Continue");
+    client.send("hello").await;
+    assert_eq!(upstream.exactly(5).await, b"hello");
+    upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await;
+    assert_eq!(client.answer().await.text(), "ok");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_offered_body_that_is_refused_is_never_asked_for() {
     for status in ["417 Expectation Failed", "413 Payload Too Large", "401 Unauthorized"] {
         let backend = Backend::start().await;

@@ -502,12 +502,12 @@ struct Asked {
 
 impl Drop for Asked {
     /// Where it is given up before there is an answer, because a client lost patience or a deadline came, an answer would
-    /// have taken longer still: an endpoint that hangs must not look as fast as it was. It is not blamed. Whoever has not
-    /// sent all of its request has not waited for the endpoint.
+    /// have taken longer still: an endpoint that hangs must not look as fast as it was. It is not blamed. Whoever had yet to
+    /// send more of its request has not waited for the endpoint.
     fn drop(&mut self) {
         let Some(held) = &self.held else { return };
-        if self.upload.as_ref().is_none_or(Exchange::has_received_all) {
-            let now = Instant::now();
+        let now = Instant::now();
+        if self.upload.as_ref().is_none_or(|upload| !upload.awaits_client(now)) {
             let waited = now.saturating_duration_since(Exchange::waiting_since(self.upload.as_ref(), self.begun));
             held.endpoint().latency().outlast(waited, now);
         }

@@ -218,12 +218,10 @@ async fn whom_clients_leave_before_it_answers_is_taken_for_slow() {
     leave(get("/"), Duration::from_millis(200)).await;
     assert!(latency() > 0.19, "{}", latency());
 
-    let upload = |all| {
+    let upload = |all: bool| {
         let mut request = http::Request::post("/").body(Body::new(Never)).unwrap();
         let exchange = Exchange::new(&request);
-        if all {
-            exchange.receive_end();
-        }
+        exchange.await_client(!all);
         request.extensions_mut().insert(exchange);
         request
     };
