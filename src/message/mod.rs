@@ -2,6 +2,7 @@
 //! names of headers. Floor 0: it imports nothing of this crate.
 
 mod body;
+pub(crate) mod bytes;
 mod error;
 mod ext;
 pub mod forwarded;

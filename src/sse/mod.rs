@@ -25,7 +25,12 @@
 //! ```
 
 mod boundary;
+mod bytes;
+mod completion;
+mod json;
+mod pieces;
 mod scanner;
+mod shape;
 mod usage;
 
 use http::{
@@ -35,6 +40,7 @@ use http::{
 
 pub use self::{
     boundary::Boundary,
+    completion::{Completion, Ended, Mark, Terminal, complete_json},
     scanner::{Event, Scanner},
     usage::{Frames, Meter, Usage, UsageFilter},
 };

@@ -5,7 +5,7 @@ use std::{array, iter::Flatten, mem};
 use bytes::{Bytes, BytesMut};
 
 use super::{
-    pieces::{Piece, Pieces},
+    super::pieces::{Piece, Pieces},
     report::Report,
 };
 
@@ -151,7 +151,7 @@ mod tests {
     use serde_json::Value;
 
     use super::{
-        super::json::tests::{cuts, frames},
+        super::super::json::tests::{cuts, frames},
         *,
     };
 

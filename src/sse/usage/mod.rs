@@ -1,18 +1,13 @@
 //! Which tokens a model server reports, in whatever shape, and how a client is spared a report for which it did not ask.
 
-mod bytes;
 mod filter;
-mod json;
-mod pieces;
 mod report;
 
-use http::{HeaderMap, header::CONTENT_TYPE};
+use http::HeaderMap;
 
 pub use self::filter::{Frames, UsageFilter};
-use self::{
-    pieces::{Piece, Pieces},
-    report::Report,
-};
+use self::report::Report;
+use super::shape::{Part, Shape};
 
 /// Tokens, as a model server reports them.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -71,64 +66,25 @@ pub struct Meter {
     content_events: u64,
 }
 
-/// How a body is made up of JSON texts.
-#[derive(Debug, Clone)]
-enum Shape {
-    /// It is one.
-    Json,
-    /// It has one in each line.
-    Lines,
-    /// It has one in each event.
-    Events(Pieces),
-}
-
 impl Meter {
     /// For a body with these headers: `text/event-stream`, `application/json` and every other type that ends in
     /// `+json`, or `application/x-ndjson` with one JSON text a line. `None` for other types, and for a body with a
     /// content coding, in which nothing can be read.
     #[must_use]
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let value = headers.get(CONTENT_TYPE)?.as_bytes();
-        let kind = value.split(|&byte| byte == b';').next().unwrap_or_default().trim_ascii();
-        let is = |name: &[u8]| kind.eq_ignore_ascii_case(name);
-        let has_suffix = |suffix: &[u8]| kind.last_chunk::<5>().is_some_and(|end| end.eq_ignore_ascii_case(suffix));
-        let shape = if super::is_event_stream(headers) {
-            Shape::Events(Pieces::new())
-        } else if is(b"application/x-ndjson") || is(b"application/ndjson") {
-            Shape::Lines
-        } else if is(b"application/json") || has_suffix(b"+json") {
-            Shape::Json
-        } else {
-            return None;
-        };
-        super::is_plain(headers).then(|| Self { shape, report: Report::new(), content_events: 0 })
+        Shape::of(headers).map(|shape| Self { shape, report: Report::new(), content_events: 0 })
     }
 
     /// Notes that these bytes of the body have passed.
-    pub fn pass(&mut self, mut frame: &[u8]) {
-        match &mut self.shape {
-            Shape::Json => self.report.pass(frame),
-            Shape::Lines => {
-                let mut lines = frame.split(|&byte| byte == b'\n');
-                self.report.pass(lines.next().unwrap_or_default());
-                for line in lines {
-                    self.content_events += u64::from(self.report.is_content());
-                    self.report.clear();
-                    self.report.pass(line);
-                }
+    pub fn pass(&mut self, frame: &[u8]) {
+        let Self { shape, report, content_events } = self;
+        shape.pass(frame, |part| match part {
+            Part::Text(text) => report.pass(text),
+            Part::End { kind } => {
+                *content_events += u64::from(kind != Some(b"error") && report.is_content());
+                report.clear();
             }
-            Shape::Events(pieces) => {
-                while let Some(piece) = pieces.next(&mut frame) {
-                    match piece {
-                        Piece::Data(data) => self.report.pass(data),
-                        Piece::End { is_error } => {
-                            self.content_events += u64::from(!is_error && self.report.is_content());
-                            self.report.clear();
-                        }
-                    }
-                }
-            }
-        }
+        });
     }
 
     /// What has been reported so far: `None` while that is nothing. Of a report that is split between events or frames
@@ -158,12 +114,15 @@ impl Meter {
 
 #[cfg(test)]
 mod tests {
-    use http::{HeaderValue, header::CONTENT_ENCODING};
+    use http::{
+        HeaderValue,
+        header::{CONTENT_ENCODING, CONTENT_TYPE},
+    };
     use proptest::prelude::*;
     use serde_json::Value;
 
     use super::{
-        json::tests::{cuts, frames, values},
+        super::json::tests::{cuts, frames, values},
         *,
     };
 

@@ -1,9 +1,11 @@
 //! What a JSON text says about usage, and whether it is content.
 
 use super::{
+    super::{
+        bytes::Short,
+        json::{Json, Token},
+    },
     Usage,
-    bytes::Short,
-    json::{Json, Token},
 };
 
 /// Reads one text after another: the data of events, lines, or one whole body. All that it asks for stands in the first

@@ -2,10 +2,11 @@
 
 use std::mem;
 
-use super::{
-    super::BYTE_ORDER_MARK,
-    bytes::{Short, run},
-};
+use super::{BYTE_ORDER_MARK, bytes::Short};
+use crate::message::bytes::run;
+
+/// The longest type of an event that is told from others.
+pub(super) const MAX_TYPE: usize = 64;
 
 /// What has just been read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub(super) enum Piece<'a> {
     },
 }
 
-/// Follows §9.2.5 and §9.2.6 as [`Scanner`](super::super::Scanner) does, but keeps nothing of what passes.
+/// Follows §9.2.5 and §9.2.6 as [`Scanner`](super::Scanner) does, but keeps nothing of what passes.
 #[derive(Debug, Clone)]
 pub(super) struct Pieces {
     /// What is still to come of a byte order mark; nothing once that question is over.
@@ -27,9 +28,11 @@ pub(super) struct Pieces {
     /// The `\n` that may come next belongs to the line before.
     after_return: bool,
     place: Place,
-    /// What there is of a name, or of an event's type: as much as tells `event` and `error` from others.
-    text: Short<5>,
-    is_error: bool,
+    /// What there is of a name, or of an event's type.
+    text: Short<MAX_TYPE>,
+    /// The event's type so far, or that of the one that has just ended.
+    kind: Short<MAX_TYPE>,
+    has_ended: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +53,20 @@ enum Field {
 
 impl Pieces {
     pub(super) const fn new() -> Self {
-        Self { mark: &BYTE_ORDER_MARK, after_return: false, place: Place::Name, text: Short::new(), is_error: false }
+        Self {
+            mark: &BYTE_ORDER_MARK,
+            after_return: false,
+            place: Place::Name,
+            text: Short::new(),
+            kind: Short::new(),
+            has_ended: false,
+        }
+    }
+
+    /// The type of the event that has just ended: empty where it has none, `None` where it is longer than any that is
+    /// asked for.
+    pub(super) fn kind(&self) -> Option<&[u8]> {
+        self.kind.get()
     }
 
     /// Whether a `\n` that comes next belongs to the line before.
@@ -70,6 +86,9 @@ impl Pieces {
 
     /// Reads on until there is a piece, and takes what it has read off `bytes`; `None` when all is read.
     pub(super) fn next<'a>(&mut self, bytes: &mut &'a [u8]) -> Option<Piece<'a>> {
+        if mem::take(&mut self.has_ended) {
+            self.kind.clear();
+        }
         self.skip_mark(bytes);
         loop {
             self.skip_line_end(bytes);
@@ -138,7 +157,8 @@ impl Pieces {
     fn end_line(&mut self) -> Option<Piece<'static>> {
         let field = match mem::replace(&mut self.place, Place::Name) {
             Place::Name if self.text.first().is_none() => {
-                return Some(Piece::End { is_error: mem::take(&mut self.is_error) });
+                self.has_ended = true;
+                return Some(Piece::End { is_error: self.kind() == Some(b"error") });
             }
             // A name without a colon has an empty value.
             Place::Name => self.field(),
@@ -146,7 +166,7 @@ impl Pieces {
         };
         match field {
             Field::Data => return Some(Piece::Data(b"\n")),
-            Field::Type => self.is_error = self.text.get() == Some(b"error"),
+            Field::Type => self.kind = self.text,
             Field::Other => {}
         }
         self.text.clear();

@@ -1,6 +1,7 @@
 //! JSON (RFC 8259), read while it passes.
 
-use super::bytes::{Short, run};
+use super::bytes::Short;
+use crate::message::bytes::run;
 
 /// How deep arrays and objects may lie in each other, as for `serde_json`. What lies deeper is not read.
 const MAX_DEPTH: u8 = 127;
