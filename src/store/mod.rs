@@ -22,7 +22,7 @@ pub use ::redis::{FromRedisValue, ToRedisArgs};
 
 pub use self::{
     config::Config,
-    redis::{Figures, Redis, State, Walk},
+    redis::{Figures, Heard, Redis, State, Subscription, Walk},
     scripts::Script,
 };
 

@@ -9,6 +9,10 @@
 //! connection breaks, the task is told at once (RESP3; a Redis before 6 is spoken to in RESP2, and its loss is found by
 //! the next call or `PING`). The `connection-manager` of the crate does less of this, and makes calls wait for it.
 //!
+//! Who listens to a channel ([`Redis::subscribe`]) has a connection of its own for it, in RESP2, which every Redis speaks:
+//! in a cluster to one of the nodes, as each of them hears what any is told. It is looked at every second, and made anew
+//! as long as somebody listens. What was said in between is lost, and the listener told that there was a gap.
+//!
 //! In a cluster the crate follows `MOVED` and `ASK`, asks for the slots anew and connects to nodes again by itself. The
 //! breaker is for the cluster as a whole there, and opens for calls that fail in a row.
 //!
@@ -25,13 +29,14 @@ use std::{
 use ::redis::{
     AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, ProtocolVersion, PushInfo, PushKind, RedisError,
     RedisResult, ServerErrorKind, TlsMode, ToRedisArgs, Value,
-    aio::{ConnectionLike, MultiplexedConnection},
+    aio::{ConnectionLike, MultiplexedConnection, PubSub},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
     cluster_routing::{MultipleNodeRoutingInfo, RoutingInfo, SingleNodeRoutingInfo},
     sentinel::{SentinelClient, SentinelClientBuilder, SentinelServerType},
 };
 use arc_swap::ArcSwapOption;
+use futures_util::StreamExt;
 use parking_lot::Mutex;
 use tokio::{
     sync::Notify,
@@ -60,6 +65,9 @@ const PROBED: Duration = Duration::from_secs(60);
 
 /// The longest reason kept and logged, in characters.
 const MAX_REASON: usize = 200;
+
+/// Between two looks at a connection that listens. What it would have heard is known to be missing so much later.
+const LISTENS: Duration = Duration::from_secs(1);
 
 /// Redis, with its connection. Cheap to clone; the connection and its task end with the last clone.
 #[derive(Clone)]
@@ -264,6 +272,47 @@ impl Redis {
         self.send("get", &command).await
     }
 
+    /// What is at each of `keys`, which have the same tag where it is a cluster.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn get_all(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Failure> {
+        let mut command = ::redis::cmd("MGET");
+        for key in keys {
+            command.arg(key.as_str());
+        }
+        self.send("get_all", &command).await
+    }
+
+    /// The list at `key`, from its first element; empty where there is none.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn list(&self, key: &Key) -> Result<Vec<Vec<u8>>, Failure> {
+        let mut command = ::redis::cmd("LRANGE");
+        command.arg(key.as_str()).arg(0).arg(-1);
+        self.send("list", &command).await
+    }
+
+    /// Tells those who listen to `channel`, and nobody if there are none.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn publish(&self, channel: &Key, message: &[u8]) -> Result<(), Failure> {
+        let mut command = ::redis::cmd("PUBLISH");
+        command.arg(channel.as_str()).arg(message);
+        self.send("publish", &command).await
+    }
+
+    /// Tells `heard` of all that is published on `channel`, and from when to when it is listened to. It must not wait.
+    /// Needs a tokio runtime.
+    #[must_use]
+    pub fn subscribe(&self, channel: &Key, heard: impl FnMut(Heard<'_>) + Send + 'static) -> Subscription {
+        let mut listens = JoinSet::new();
+        listens.spawn(self.0.shared.clone().listen(channel.clone(), heard));
+        Subscription { _listens: listens }
+    }
+
     /// Puts `value` there for `ttl`, which is rounded up to milliseconds and is at least one.
     ///
     /// # Errors
@@ -305,6 +354,18 @@ impl Redis {
         self.0.shared.call(what, async |connection| connection.send(command).await).await
     }
 
+    /// Whether it is a cluster, where what has not the same tag is asked for one by one.
+    #[must_use]
+    pub fn is_cluster(&self) -> bool {
+        self.0.shared.dialer.is_cluster()
+    }
+
+    /// How long a call takes at most.
+    #[must_use]
+    pub fn deadline(&self) -> Duration {
+        self.0.shared.deadline
+    }
+
     /// Whether calls pass. They may fail all the same; that they fail costs no time while this is false.
     #[must_use]
     pub fn is_up(&self) -> bool {
@@ -334,6 +395,23 @@ impl Redis {
             addresses: shared.resolved.config.url.iter().map(super::config::Address::name).collect(),
         }
     }
+}
+
+/// What somebody hears who listens to a channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Heard<'a> {
+    /// All that is published from now on.
+    Everything,
+    /// Nothing any more, and what was published lately is perhaps lost.
+    Nothing,
+    /// What was published.
+    Message(&'a [u8]),
+}
+
+/// Listens to a channel until it is dropped.
+#[derive(Debug)]
+pub struct Subscription {
+    _listens: JoinSet<()>,
 }
 
 /// A walk over keys, a step at a time, for operators: Redis looks at all keys that it has, and not only at those that are
@@ -526,6 +604,50 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Listens to `channel`, for ever.
+    async fn listen(self: Arc<Self>, channel: Key, mut heard: impl FnMut(Heard<'_>)) {
+        let (first, most) =
+            (self.resolved.config.breaker.recovery.get(), self.resolved.config.breaker.max_recovery.get());
+        let (mut wait, mut round) = (first, 0);
+        loop {
+            let dialled = timeout(self.dialer.patience, self.dialer.listen(&self.resolved, round, &channel)).await;
+            match dialled.unwrap_or_else(|_| Err((ErrorKind::Io, "no connection in time").into())) {
+                Ok(connection) => {
+                    wait = first;
+                    debug!(redis = %self.name, "listening");
+                    heard(Heard::Everything);
+                    self.hear(connection, &mut heard).await;
+                    heard(Heard::Nothing);
+                    debug!(redis = %self.name, "no longer listening");
+                }
+                Err(error) => debug!(redis = %self.name, error = %told(&error), "not listening"),
+            }
+            round += 1;
+            sleep(wait).await;
+            wait = (wait * 2).min(most);
+        }
+    }
+
+    /// Hands on what is heard, until nothing more will be.
+    async fn hear(&self, connection: PubSub, heard: &mut impl FnMut(Heard<'_>)) {
+        let (mut sink, mut stream) = connection.split();
+        let looks = async {
+            loop {
+                sleep(LISTENS).await;
+                // By the patience that connecting has: a machine that is busy for a moment is no reason to connect anew.
+                if !matches!(timeout(self.dialer.patience, sink.ping::<Value>()).await, Ok(Ok(_))) {
+                    return;
+                }
+            }
+        };
+        let listening = async {
+            while let Some(message) = stream.next().await {
+                heard(Heard::Message(message.get_payload_bytes()));
+            }
+        };
+        tokio::select! { () = looks => {}, () = listening => {} }
     }
 
     /// Asks a Redis that is well.
@@ -788,6 +910,28 @@ impl Dialer {
         self.connect(false, &self.config).await
     }
 
+    /// A connection that listens to `channel`; in a cluster to another node in each `round`.
+    async fn listen(&self, resolved: &Resolved, round: usize, channel: &Key) -> RedisResult<PubSub> {
+        let client = match &self.how {
+            How::Single(_, two) => two.clone(),
+            How::Sentinel(_, two) => two.lock().await.async_get_client().await?,
+            How::Cluster(_) => {
+                let infos = resolved.infos(ProtocolVersion::RESP2)?;
+                let nodes = infos.len().max(1);
+                let info = infos.into_iter().nth(round % nodes);
+                let info = info.ok_or((ErrorKind::InvalidClientConfig, "no address"))?;
+                if resolved.tls() {
+                    Client::build_with_tls(info, resolved.certificates())?
+                } else {
+                    Client::open(info)?
+                }
+            }
+        };
+        let mut connection = client.get_async_pubsub().await?;
+        connection.subscribe(channel.as_str()).await?;
+        Ok(connection)
+    }
+
     async fn connect(&self, resp3: bool, config: &AsyncConnectionConfig) -> RedisResult<Connection> {
         let connection = match &self.how {
             How::Single(three, two) => {
@@ -796,7 +940,7 @@ impl Dialer {
             }
             How::Sentinel(three, two) => {
                 let client = if resp3 { three } else { two };
-                // Only the task comes here.
+                // Only the task comes here, and who listens.
                 client.lock().await.get_async_connection_with_config(config).await?
             }
             How::Cluster(client) => return client.get_async_connection().await.map(Connection::Cluster),

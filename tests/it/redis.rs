@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use sidegate::{
-    store::{Config, Failure, Redis, Script},
+    store::{Config, Failure, Heard, Redis, Script, Subscription},
     telemetry::Metrics,
 };
-use tokio::time::Instant;
+use tokio::{sync::mpsc, time::Instant};
 
 use super::harness::{
     self, Proxy, eventually, figure, ms,
@@ -174,6 +174,80 @@ async fn a_slow_redis_is_left_alone_until_it_is_quick() {
     road.set_delay(Duration::ZERO);
     up(&redis).await;
     count(&redis, "a").await.unwrap();
+}
+
+/// What somebody hears, as it comes.
+fn heard(redis: &Redis, channel: &str) -> (Subscription, mpsc::UnboundedReceiver<String>) {
+    let (tell, told) = mpsc::unbounded_channel();
+    let subscription = redis.subscribe(&redis.key("test", "tag", channel), move |heard| {
+        let heard = match heard {
+            Heard::Everything => "everything".to_owned(),
+            Heard::Nothing => "nothing".to_owned(),
+            Heard::Message(message) => String::from_utf8_lossy(message).into_owned(),
+        };
+        tell.send(heard).ok();
+    });
+    (subscription, told)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_listens_hears_everything_and_is_told_of_each_gap() {
+    let mut server = harness::redis::Redis::start().await;
+    let redis = store(json!({ "url": server.url(), "connect_timeout": "200ms" }));
+    up(&redis).await;
+    let (subscription, mut told) = heard(&redis, "a");
+    let mut next = async || harness::within("something to be heard", told.recv()).await;
+    assert_eq!(next().await.as_deref(), Some("everything"));
+    let channel = redis.key("test", "tag", "a");
+    for n in 0..100 {
+        redis.publish(&channel, n.to_string().as_bytes()).await.unwrap();
+    }
+    for n in 0..100 {
+        assert_eq!(next().await, Some(n.to_string()));
+    }
+    server.command(&["CLIENT", "KILL", "TYPE", "pubsub"]).await;
+    let started = Instant::now();
+    assert_eq!(next().await.as_deref(), Some("nothing"));
+    assert_eq!(next().await.as_deref(), Some("everything"));
+    figure(&format!("who listens does so again {} after the connection broke", ms(started.elapsed())));
+
+    server.pause();
+    let started = Instant::now();
+    assert_eq!(next().await.as_deref(), Some("nothing"));
+    figure(&format!("that a Redis hangs is known after {}", ms(started.elapsed())));
+    assert!(started.elapsed() < Duration::from_secs(3));
+    server.resume();
+    assert_eq!(next().await.as_deref(), Some("everything"));
+
+    server.kill();
+    assert_eq!(next().await.as_deref(), Some("nothing"));
+    server.restart().await;
+    assert_eq!(next().await.as_deref(), Some("everything"));
+    up(&redis).await;
+    redis.publish(&channel, b"last").await.unwrap();
+    assert_eq!(next().await.as_deref(), Some("last"));
+
+    drop(subscription);
+    assert_eq!(next().await, None, "nobody listens any more");
+    eventually("the connection to be closed", async || {
+        server.command(&["CLIENT", "LIST", "TYPE", "pubsub"]).await.starts_with("$0")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_listens_at_one_node_of_a_cluster_hears_what_all_are_told() {
+    let cluster = Cluster::start().await;
+    let urls: Vec<_> = cluster.0.iter().map(harness::redis::Redis::url).collect();
+    let redis = store(json!({ "url": urls, "cluster": true, "timeout": "1s" }));
+    up(&redis).await;
+    let (_subscription, mut told) = heard(&redis, "a");
+    let mut next = async || harness::within("something to be heard", told.recv()).await;
+    assert_eq!(next().await.as_deref(), Some("everything"));
+    for (n, node) in cluster.0.iter().enumerate() {
+        node.command(&["PUBLISH", redis.key("test", "tag", "a").as_str(), &n.to_string()]).await;
+        assert_eq!(next().await, Some(n.to_string()));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
