@@ -14,6 +14,7 @@ use std::{
     hint::black_box,
     path::PathBuf,
     pin::pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -28,6 +29,7 @@ use http_body::{Body as HttpBody, Frame};
 use http_body_util::StreamBody;
 use prometheus_client::metrics::counter::Counter;
 use sidegate::{
+    admin::{Access, Admin, health::Readiness},
     config::load::Sources,
     layers::{
         access_log::AccessLogLayer,
@@ -109,7 +111,9 @@ fn whole(log: log::Writer, metrics: Metrics) -> Stack {
         environment.map(|(key, value)| (format!("SIDEGATE_UPSTREAMS__FIXED__RESPOND__{key}"), value.into()));
     let sources = Sources { environment: environment.into(), ..Sources::default() };
     let (settings, _) = Settings::load(&sources).expect("the settings are legal");
-    Stack::build(&settings, &Registry::new(metrics, log)).expect("the stack can be built")
+    let registry = Arc::new(Registry::new(metrics, log));
+    let (admin, _) = Admin::new(registry.clone(), Readiness::default(), Access::default());
+    Stack::build(&settings, &registry, &admin).expect("the stack can be built")
 }
 
 /// Calls a clone of the service, as each request does, and reads the response to its end.

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 
 use crate::{
     layers::{
-        auth,
+        auth, cache,
         circuit_breaker::{self, Breaker},
         concurrency::{self, Limiter, Scope},
         hygiene::pseudonym,
@@ -46,6 +46,7 @@ pub struct Registry {
     auth: auth::State,
     sessions: session::State,
     rate_limits: rate_limit::State,
+    caches: cache::State,
     gates: Mutex<Vec<Arc<rate_limit::Gate>>>,
     redis: Mutex<Store>,
 }
@@ -141,6 +142,7 @@ impl Registry {
             auth: auth::State::default(),
             sessions: session::State::default(),
             rate_limits: rate_limit::State::default(),
+            caches: cache::State::default(),
             gates: Mutex::default(),
             redis: Mutex::default(),
         }
@@ -180,6 +182,12 @@ impl Registry {
     #[must_use]
     pub fn rate_limits(&self) -> &rate_limit::State {
         &self.rate_limits
+    }
+
+    /// What caches keep.
+    #[must_use]
+    pub fn caches(&self) -> &cache::State {
+        &self.caches
     }
 
     /// Lets these rate limits be those that hold.

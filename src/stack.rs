@@ -5,22 +5,27 @@
 
 use std::{
     convert::Infallible,
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
 use pin_project_lite::pin_project;
+use tokio::task::JoinSet;
 use tower::{Service, ServiceBuilder};
 
 use crate::{
+    admin::Admin,
     config::{HumanDuration, Toggle},
     layers::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
         auth::AuthLayer,
         body_limit::BodyLimitLayer,
+        cache::CacheLayer,
         circuit_breaker::{Breaker, CircuitBreakerLayer},
         concurrency::{ConcurrencyLayer, Limiter, Scope},
         cors::CorsLayer,
@@ -53,28 +58,38 @@ use crate::{
 #[derive(Clone)]
 pub struct Stack {
     front: Front,
+    chores: Arc<Mutex<Chores>>,
+}
+
+/// What is done for a configuration beside its requests, for as long as it holds.
+#[derive(Default)]
+struct Chores {
+    /// Until it takes effect.
+    waiting: Vec<BoxFuture<'static, ()>>,
+    running: JoinSet<()>,
 }
 
 type Front = RequestIds<AccessLog<SecurityHeaders<Errors<Hygiene<Routes>>>>>;
 
 impl Stack {
-    /// Builds all chains. What lives longer than a configuration (samples, pools) comes from `registry`.
-    /// Needs a tokio runtime.
+    /// Builds all chains. What lives longer than a configuration (samples, pools) comes from `registry`; the pages that
+    /// routes publish are those of `admin`. Needs a tokio runtime.
     ///
     /// # Errors
     /// The first thing that cannot be set up, with its place. Nothing is left out because it could not be
     /// set up. What `registry` was made to hold for it goes with [`Registry::retain`] of the settings that hold.
-    pub fn build(settings: &Settings, registry: &Registry) -> Result<Self, BuildError> {
+    pub fn build(settings: &Settings, registry: &Registry, admin: &Admin) -> Result<Self, BuildError> {
         let redis = registry.redis(settings.redis.as_ref());
         let redis = redis.map_err(|error| BuildError { key: "redis".to_owned(), error })?;
         let mut routes = Vec::with_capacity(settings.routes.len());
-        let mut limits = Vec::new();
+        let (mut limits, mut chores) = (Vec::new(), Chores::default());
         for (index, own) in settings.routes.iter().enumerate() {
             let place = |key: &str, name: &str, error: BoxError| BuildError {
                 key: format!("routes.{index}.{key} ({name})"),
                 error,
             };
-            let upstreams = Upstreams { settings, registry, policies: own.policies(&settings.defaults) };
+            let policies = settings.policies(own);
+            let upstreams = Upstreams { settings, registry, admin, policies };
             let upstream = upstreams.find(&own.upstream).map_err(|error| place("upstream", &own.upstream, error))?;
             let limit = upstreams.policies.concurrency.as_ref();
             let limit = limit.map(|config| registry.limiter(Scope::Route, &own.name(), config));
@@ -87,15 +102,25 @@ impl Stack {
             let rate_limit = upstreams.policies.rate_limit.as_ref().map(|config| {
                 RateLimitLayer::new(config, &own.name(), registry.rate_limits(), redis.as_ref(), registry.metrics())
             });
+            let cache = upstreams.policies.cache.as_ref().map(|config| {
+                let metrics = registry.metrics();
+                CacheLayer::new(config, &own.name(), &own.upstream, registry.caches(), redis.as_ref(), metrics)
+            });
             limits.extend(rate_limit.as_ref().map(|layer| layer.gate().clone()));
-            let gates = Gates { auth, session, rate_limit, limit };
-            let service = match upstream {
-                Kind::Fixed(respond) => route(own, &upstreams.policies, settings, gates, None, respond),
+            let (fallback, upstream) = match upstream {
+                Kind::Fixed(respond) => (None, respond),
                 Kind::Backend(backend) => {
                     let fallback = upstreams.fallback(own).map_err(|(name, error)| place("fallback", name, error))?;
-                    route(own, &upstreams.policies, settings, gates, fallback, backend)
+                    (fallback, backend)
                 }
             };
+            let asked = asked(&upstreams.policies, limit, fallback, upstream);
+            if let Some(cache) = &cache {
+                let parameters = |path: &str| own.matches.path.as_ref()?.parameters(path.as_bytes());
+                chores.waiting.extend(cache.keep_warm(&asked, parameters));
+            }
+            let gates = Gates { auth, session, rate_limit, cache };
+            let service = route(own, &upstreams.policies, settings, gates, asked);
             let target = Target {
                 metrics: registry.metrics().route(&own.name()),
                 service,
@@ -105,7 +130,16 @@ impl Stack {
         }
         registry.retain(settings);
         registry.hold_gates(limits);
-        Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))) })
+        let chores = Arc::new(Mutex::new(chores));
+        Ok(Self { front: front(settings, registry, Routes::new(Table::new(routes))), chores })
+    }
+
+    /// Begins what is done beside requests: the configuration has taken effect. It ends with the last clone of the stack.
+    pub fn begin(&self) {
+        let mut chores = self.chores.lock();
+        for chore in mem::take(&mut chores.waiting) {
+            chores.running.spawn(chore);
+        }
     }
 
     /// Answers a request. There is always an answer.
@@ -195,18 +229,30 @@ struct Gates {
     auth: Option<AuthLayer>,
     session: Option<SessionLayer>,
     rate_limit: Option<RateLimitLayer>,
-    limit: Option<Arc<Limiter>>,
+    cache: Option<CacheLayer>,
 }
 
-/// Around the upstreams of one route.
-fn route(
-    own: &Route,
+/// Around the upstreams of one route, for a request that has passed its gates.
+fn asked(
     policies: &Defaults,
-    settings: &Settings,
-    gates: Gates,
+    limit: Option<Arc<Limiter>>,
     fallback: Option<FallbackLayer>,
     upstream: HttpService,
 ) -> HttpService {
+    let timeouts = &policies.timeouts;
+    let deadline =
+        duration(timeouts.total).map(DeadlineLayer::new).map(|layer| layer.with_streams(timeouts.total_streams));
+    Chain::new()
+        // Whoever waits for a place has not begun yet.
+        .option_layer(limit.map(ConcurrencyLayer::new))
+        .option_layer(deadline)
+        // Inside the deadline, which runs on from one upstream to the next.
+        .option_layer(fallback)
+        .service(upstream)
+}
+
+/// Around that.
+fn route(own: &Route, policies: &Defaults, settings: &Settings, gates: Gates, asked: HttpService) -> HttpService {
     let headers = own.security_headers.as_ref().map(|own| SecurityHeadersLayer::settling(own.as_ref()));
     let cors = policies.cors.as_ref().map(|cors| {
         let session = policies.session.as_ref().and_then(|session| session.header.as_ref());
@@ -225,8 +271,6 @@ fn route(
     let sse_error_event = timeouts.sse_error_event.then(|| SseErrorEventLayer::new(policies.errors.form()));
     let body_limit = policies.body_limit.as_ref().map(|limit| BodyLimitLayer::new(limit.max.get()));
     let client_body = duration(timeouts.client_body_idle).map(ClientBodyIdleLayer::new);
-    let deadline =
-        duration(timeouts.total).map(DeadlineLayer::new).map(|layer| layer.with_streams(timeouts.total_streams));
     Chain::new()
         .option_layer(headers)
         // Preflights are answered here, before anything costs.
@@ -242,18 +286,16 @@ fn route(
         .option_layer(client_body)
         // Knows who asks, and what for; what waits or is tried again has been counted once.
         .option_layer(gates.rate_limit)
-        // Whoever waits for a place has not begun yet.
-        .option_layer(gates.limit.map(ConcurrencyLayer::new))
-        .option_layer(deadline)
-        // Inside the deadline, which runs on from one upstream to the next.
-        .option_layer(fallback)
-        .service(upstream)
+        // What has been answered once needs no place, and no upstream.
+        .option_layer(gates.cache)
+        .service(asked)
 }
 
 /// The upstreams, as the policies of one route have them.
 struct Upstreams<'a> {
     settings: &'a Settings,
     registry: &'a Registry,
+    admin: &'a Admin,
     policies: Defaults,
 }
 
@@ -261,15 +303,15 @@ struct Upstreams<'a> {
 enum Kind {
     /// Requests are sent to it.
     Backend(HttpService),
-    /// It is a fixed answer.
+    /// It answers by itself.
     Fixed(HttpService),
 }
 
 impl Upstreams<'_> {
     fn find(&self, name: &str) -> Result<Kind, BoxError> {
         let upstream = self.settings.upstreams.get(name).ok_or("there is none")?;
-        match (&upstream.endpoints, &upstream.respond) {
-            (Some(endpoints), _) => {
+        match (&upstream.endpoints, &upstream.respond, &upstream.admin) {
+            (Some(endpoints), ..) => {
                 let retry = self.policies.retry.as_ref().map(|config| {
                     RetryLayer::new(config, self.registry.budget(name), self.registry.metrics().retries(name))
                 });
@@ -288,8 +330,9 @@ impl Upstreams<'_> {
                 // Outside of retries: who is tried again keeps the place.
                 Ok(Kind::Backend(Chain::new().option_layer(limit).option_layer(retry).service(endpoints)))
             }
-            (None, Some(respond)) => Ok(Kind::Fixed(HttpService::new(Respond::new(name.into(), respond)))),
-            (None, None) => Err("it has neither `endpoints` nor `respond`".into()),
+            (None, Some(respond), _) => Ok(Kind::Fixed(HttpService::new(Respond::new(name.into(), respond)))),
+            (None, None, Some(page)) => Ok(Kind::Fixed(HttpService::new(self.admin.publish(name, page)))),
+            (None, None, None) => Err("it is of no kind".into()),
         }
     }
 

@@ -203,13 +203,30 @@ class Kind:
     one_port: bool = False
 
 
+NGINX_LOG = ("{log}", "access_log {tmp}/access.log line buffer=64k flush=1s")
+NO_CACHE = ("{cache}", "proxy_cache off")
+
+
+def cached_kinds(sidegate: str) -> list[Kind]:
+    """Those that keep what the upstream has said, each in its own way; and sidegate without a cache."""
+    keep = "proxy_cache_path {tmp}/cache keys_zone=kept:16m max_size=64m; proxy_cache kept; proxy_cache_valid 200 1h"
+    varnish = ["varnishd", "-F", "-j", "none", "-n", "{tmp}", "-a", "127.0.0.1:{port}", "-b", "127.0.0.1:{upstream}"]
+    all_kinds = [
+        Kind("sidegate", [sidegate, "run", "{config}"], "cached.yaml", one_port=True),
+        Kind("no cache", [sidegate, "run", "{config}"], "sidegate.yaml", one_port=True),
+        Kind("nginx", ["nginx", "-p", "{tmp}", "-c", "{config}"], "nginx.conf", (NGINX_LOG, ("{cache}", keep))),
+        Kind("varnish", [*varnish, "-t", "3600", "-s", "malloc,64m", "-p", "thread_pools=1"]),
+    ]
+    return [kind for kind in all_kinds if kind.name not in ("nginx", "varnish") or shutil.which(kind.command[0])]
+
+
 def kinds(sidegates: dict[str, str], hyper_min: str) -> dict[str, Kind]:
     nginx = ["nginx", "-p", "{tmp}", "-c", "{config}"]
     every = [
         *(Kind(name, [path, "run", "{config}"], "sidegate.yaml", one_port=True) for name, path in sidegates.items()),
         Kind("resilient", [sidegates["sidegate"], "run", "{config}"], "resilient.yaml", one_port=True),
-        Kind("nginx", nginx, "nginx.conf", (("{log}", "access_log off"),)),
-        Kind("nginx-log", nginx, "nginx.conf", (("{log}", "access_log {tmp}/access.log line buffer=64k flush=1s"),)),
+        Kind("nginx", nginx, "nginx.conf", (("{log}", "access_log off"), NO_CACHE)),
+        Kind("nginx-log", nginx, "nginx.conf", (NGINX_LOG, NO_CACHE)),
         Kind("haproxy", ["haproxy", "-db", "-f", "{config}"], "haproxy.cfg"),
         Kind("hyper-min", [hyper_min, "{port}", "{upstream}"], one_port=True),
     ]
@@ -393,6 +410,20 @@ LIMITS = [
     Scenario("limits", "Rate limits: GET 13 B, 64 connections", "wrk", wrk("/hello", 64), requests()),
     Scenario("limits1", "Rate limits: GET 13 B, 1 connection", "wrk", wrk("/hello", 1), requests()),
 ]
+
+# Those of caches. Each answer but the first is a hit.
+CACHED = [
+    Scenario("hits", "Cache: hits of 13 B, 64 connections", "wrk", wrk("/hello", 64), requests(times_nginx(1))),
+    Scenario("hits64k", "Cache: hits of 64 KiB, 32 connections", "wrk", wrk("/json64k", 32), requests(times_nginx(1))),
+]
+# Of sidegate alone: nothing is a hit, and everything is recorded.
+RECORDED = Scenario(
+    "recorded",
+    "Cache: SSE, 100 streams, an event every 20 ms each, recorded",
+    None,
+    streams("frames", 100, 20_000),
+    [Row("delay per frame, p50 us", "p50"), Row("delay per frame, p99 us", "p99"), Row("CPU us per event", "cpu_us")],
+)
 
 MEMORY_ROWS = [
     Row("resident at start, MiB", "start_mib"),
@@ -665,6 +696,11 @@ def limits_table(sections: list[tuple[str, list[Row], dict[str, Sample]]], trip:
     ]
 
 
+def cached_table(sections: list[tuple[str, list[Row], dict[str, Sample]]]) -> tuple[list[str], int, int]:
+    names = [name for name in ("sidegate", "no cache", "nginx", "varnish") if any(name in figures for _, _, figures in sections)]
+    return table(sections, names, ["no cache", "nginx", "varnish"])
+
+
 def said_by(argv: list[str], pattern: str) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
@@ -682,6 +718,8 @@ def facts(bench: Bench, names: list[str], sidegates: dict[str, str]) -> list[str
     versions = [f"{name} {said_by([path, '--version'], number_of)}" for name, path in sidegates.items()]
     if "nginx" in names or "nginx-log" in names:
         versions.append("nginx " + said_by(["nginx", "-v"], r"nginx/(\S+)"))
+    if "cache" in bench.options.only:
+        versions.append("Varnish " + said_by(["varnishd", "-V"], r"varnish-(\S+)"))
     if "haproxy" in names:
         versions.append("HAProxy " + said_by(["haproxy", "-v"], r"version (\S+)"))
     rustc = said_by(["rustc", "--version"], r"(rustc \S+)")
@@ -712,7 +750,7 @@ def build(manifest: Path, target: Optional[Path] = None) -> dict[str, str]:
 
 
 def arguments() -> argparse.Namespace:
-    names = [s.name for s in SCENARIOS] + ["limits", "memory", "cancel"]
+    names = [s.name for s in SCENARIOS] + ["limits", "cache", "memory", "cancel"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test of a minute: one round of a second each, fewer connections")
     parser.add_argument("--rounds", type=int, default=int(os.environ.get("BENCH_ROUNDS") or 3), help="rounds of each scenario (default: $BENCH_ROUNDS, else 3)")
@@ -773,7 +811,7 @@ def main() -> None:
         skipped.append(f"not installed, and so not measured: {', '.join(missing)}")
     names = [*sidegates, *peers]
     by_name = kinds(sidegates, hyper_min)
-    sections, raw, limits, trip = [], {}, [], 0.0
+    sections, raw, limits, trip, cached = [], {}, [], 0.0, []
     with tempfile.TemporaryDirectory(prefix="sidegate-bench-") as tmp:
         os.chmod(tmp, 0o755)
         bench = Bench(options, Path(tmp), programs["upstream"], programs["client"])
@@ -793,6 +831,10 @@ def main() -> None:
                 limits, trip = bench.limits(sidegate)
             elif "limits" in options.only:
                 bench.notes.append("limits are left out: wrk or Redis is not installed")
+            if "cache" in options.only:
+                of = cached_kinds(sidegate)
+                scenarios = [(s, of) for s in CACHED if shutil.which("wrk")] + [(RECORDED, of[:2])]
+                cached = [(s.title, s.rows, bench.scenario(s, those)) for s, those in scenarios]
             if "memory" in options.only:
                 raw["memory"] = bench.memory([by_name[n] for n in names])
                 sections.append(("Memory", MEMORY_ROWS, raw["memory"]))
@@ -807,6 +849,10 @@ def main() -> None:
     if limits:
         raw.update(zip((s.name for s in LIMITS), (figures for _, _, figures in limits)))
         lines += ["", *limits_table(limits, trip)]
+    if cached:
+        raw.update((title, figures) for title, _, figures in cached)
+        more, hit, miss = cached_table(cached)
+        lines, passed, missed = [*lines, "", *more], passed + hit, missed + miss
     report = [*facts(bench, names, sidegates), "", *lines, "", f"{passed} bars passed, {missed} missed."]
     if bench.disturbed:
         bench.notes.append(

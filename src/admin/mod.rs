@@ -19,15 +19,22 @@
 //! | `GET /sessions` | up to `?limit=` (100, at most 1000) sessions, of `?principal=` or all: the beginning of the digest of each, when it began and was last seen, whose it is. In a cluster, of all primaries. `complete` is false where there are more, or Redis took longer than 10 s |
 //! | `DELETE /sessions/{id}` | revokes one, by its `id` in the list; other replicas may take two seconds |
 //! | `DELETE /sessions` | revokes all of the principal in `?principal=`; again, where `complete` is false |
+//! | `GET /cache` | the caches of the routes: what they hold, and what they did |
+//! | `GET /health/cache` | the same of all together |
+//! | `POST /cache/purge` | drops stored answers by one of `?url=`, `?tag=`, `?glob=` and `?all`; with `&soft` they become stale |
 //! | `POST /reload` | reads the configuration again; 409 with all problems where it is refused |
 //!
 //! What changes state needs the token of `admin.token` (`Authorization: Bearer`), unless only this machine can
 //! connect. Browsers are kept out: a request with `Origin` changes nothing, and on a loopback address the
 //! `Host` must be an address or `localhost`, so that a name of somebody's that is pointed here (DNS rebinding)
 //! reads nothing either.
+//!
+//! Single pages can be published by a route: see [`publish`].
 
 mod breakers;
+mod cache;
 pub mod health;
+pub mod publish;
 mod rate_limits;
 mod redis;
 mod sessions;
@@ -138,7 +145,8 @@ impl Admin {
         let method = if request.method() == Method::HEAD { &Method::GET } else { request.method() };
         let Some((page, name)) = found.iter().copied().find(|(page, _)| page.method() == method) else {
             let mut response = problem(StatusCode::METHOD_NOT_ALLOWED, "see `Allow`");
-            response.headers_mut().insert(header::ALLOW, allowed(found.iter().map(|(page, _)| *page)));
+            let methods: Vec<_> = found.iter().map(|(page, _)| page.allows()).collect();
+            response.headers_mut().insert(header::ALLOW, allow(&methods));
             return response;
         };
         if page.method() != Method::GET
@@ -146,6 +154,11 @@ impl Admin {
         {
             return refusal;
         }
+        self.page(page, name, request.uri()).await
+    }
+
+    /// What stands on a page, for the name in its path and the query of `uri`. Whoever asks may.
+    async fn page(&self, page: Page, name: &str, uri: &Uri) -> Response {
         match page {
             Page::Live => answer(StatusCode::OK, &json!({ "status": "ok" })),
             Page::Ready => {
@@ -166,7 +179,7 @@ impl Admin {
             Page::Breakers => answer(StatusCode::OK, &breakers::list(&self.0.registry.breakers())),
             Page::ResetBreaker | Page::OpenBreaker => {
                 let action = if page == Page::ResetBreaker { Action::Reset } else { Action::Open };
-                match breakers::set(&self.0.registry.breakers(), action, name, request.uri()) {
+                match breakers::set(&self.0.registry.breakers(), action, name, uri) {
                     Ok(now) => answer(StatusCode::OK, &now),
                     Err((status, why)) => problem(status, why),
                 }
@@ -176,12 +189,20 @@ impl Admin {
             }
             Page::HealthOfUpstreams => answer(StatusCode::OK, &upstreams::list_health(&self.0.registry.balancers())),
             Page::HealthOfRedis => answer(StatusCode::OK, &self.redis()),
+            Page::Cache => answer(StatusCode::OK, &cache::list(self.0.registry.caches(), self.0.registry.metrics())),
+            Page::HealthOfCache => {
+                answer(StatusCode::OK, &cache::health(self.0.registry.caches(), self.0.registry.metrics()))
+            }
+            Page::Purge => match cache::purge(self.0.registry.caches(), uri) {
+                Ok(now) => answer(StatusCode::OK, &now),
+                Err((status, why)) => problem(status, why),
+            },
             Page::RateLimits => answer(StatusCode::OK, &rate_limits::list(&self.0.registry.gates())),
             Page::RateLimit | Page::ResetRateLimit => {
                 let gates = self.0.registry.gates();
                 let now = match page {
-                    Page::RateLimit => rate_limits::look(&gates, name, request.uri()).await,
-                    _ => rate_limits::reset(&gates, name, request.uri()).await,
+                    Page::RateLimit => rate_limits::look(&gates, name, uri).await,
+                    _ => rate_limits::reset(&gates, name, uri).await,
                 };
                 match now {
                     Ok(now) => answer(StatusCode::OK, &now),
@@ -190,7 +211,7 @@ impl Admin {
             }
             Page::Drain | Page::Undrain => {
                 let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
-                match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, request.uri()) {
+                match upstreams::drain(&balancers, &breakers, page == Page::Drain, name, uri) {
                     Ok(now) => answer(StatusCode::OK, &now),
                     Err((status, why)) => problem(status, why),
                 }
@@ -198,8 +219,8 @@ impl Admin {
             Page::Sessions | Page::RevokeSession | Page::RevokeSessions => {
                 let (state, redis) = (self.0.registry.sessions(), self.0.registry.redis_in_use());
                 let outcome = match page {
-                    Page::Sessions => sessions::list(state, redis.as_ref(), request.uri()).await,
-                    _ => sessions::revoke(state, redis.as_ref(), name, request.uri()).await,
+                    Page::Sessions => sessions::list(state, redis.as_ref(), uri).await,
+                    _ => sessions::revoke(state, redis.as_ref(), name, uri).await,
                 };
                 match outcome {
                     Ok(now) => answer(StatusCode::OK, &now),
@@ -217,7 +238,7 @@ impl Admin {
     fn health(&self) -> Value {
         let configuration = self.configuration().clone();
         let metrics = self.0.registry.metrics();
-        let balancers = self.0.registry.balancers();
+        let (balancers, breakers) = (self.0.registry.balancers(), self.0.registry.breakers());
         let upstreams: serde_json::Map<_, _> = configuration
             .upstreams
             .iter()
@@ -233,7 +254,16 @@ impl Admin {
                     let of = |endpoint: &String| metrics.endpoint(name, endpoint);
                     let answered: u64 = endpoints.iter().map(|endpoint| of(endpoint).answered.get()).sum();
                     let failed: u64 = endpoints.iter().map(|endpoint| of(endpoint).failed.get()).sum();
-                    json!({ "kind": "endpoints", "endpoints": endpoints, "answered": answered, "failed": failed })
+                    let mut known =
+                        json!({ "kind": "endpoints", "endpoints": endpoints, "answered": answered, "failed": failed });
+                    let own = breakers.iter().filter(|breaker| **breaker.upstream() == **name);
+                    let own =
+                        own.map(|breaker| (breaker.endpoint().to_string(), breaker.snapshot().state.as_str().into()));
+                    let own: Map<String, Value> = own.collect();
+                    if !own.is_empty() {
+                        known["circuit_breakers"] = own.into();
+                    }
+                    known
                 };
                 (name.clone(), known)
             })
@@ -260,6 +290,7 @@ impl Admin {
                     "problems": configuration.refused.unwrap_or_default(),
                 },
                 "redis": redis,
+                "cache": cache::health(self.0.registry.caches(), metrics),
                 "upstreams": upstreams,
             },
         })
@@ -326,6 +357,9 @@ enum Page {
     Upstreams,
     HealthOfUpstreams,
     HealthOfRedis,
+    Cache,
+    HealthOfCache,
+    Purge,
     RateLimits,
     RateLimit,
     ResetRateLimit,
@@ -338,7 +372,7 @@ enum Page {
 }
 
 impl Page {
-    const ALL: [Self; 20] = [
+    const ALL: [Self; 23] = [
         Self::Live,
         Self::Ready,
         Self::Health,
@@ -350,6 +384,9 @@ impl Page {
         Self::Upstreams,
         Self::HealthOfUpstreams,
         Self::HealthOfRedis,
+        Self::Cache,
+        Self::HealthOfCache,
+        Self::Purge,
         Self::RateLimits,
         Self::RateLimit,
         Self::ResetRateLimit,
@@ -386,6 +423,9 @@ impl Page {
             Self::Upstreams => "/upstreams",
             Self::HealthOfUpstreams => "/health/upstreams",
             Self::HealthOfRedis => "/health/redis",
+            Self::Cache => "/cache",
+            Self::HealthOfCache => "/health/cache",
+            Self::Purge => "/cache/purge",
             Self::RateLimits => "/rate-limits",
             Self::RateLimit | Self::ResetRateLimit => "/rate-limits/{rule}",
             Self::Drain => "/upstreams/{upstream}/drain",
@@ -400,20 +440,36 @@ impl Page {
     const fn method(self) -> Method {
         match self {
             Self::ResetRateLimit | Self::RevokeSession | Self::RevokeSessions => Method::DELETE,
-            Self::Reload | Self::ResetBreaker | Self::OpenBreaker | Self::Drain | Self::Undrain => Method::POST,
+            Self::Purge | Self::Reload | Self::ResetBreaker | Self::OpenBreaker | Self::Drain | Self::Undrain => {
+                Method::POST
+            }
             _ => Method::GET,
         }
     }
+
+    fn allows(self) -> &'static str {
+        match self.method() {
+            Method::GET => "GET, HEAD",
+            Method::DELETE => "DELETE",
+            _ => "POST",
+        }
+    }
+
+    /// Whether others may see it, where the file says so. Not what tells or changes how sidegate works, nor whom
+    /// sessions belong to.
+    const fn is_public(self) -> bool {
+        !matches!(self, Self::Config | Self::Reload | Self::Sessions | Self::RevokeSession | Self::RevokeSessions)
+    }
+
+    /// The name in braces in its path.
+    fn parameter(self) -> Option<&'static str> {
+        Some(self.path().split_once('{')?.1.split_once('}')?.0)
+    }
 }
 
-/// The methods of the pages at one path.
-fn allowed(pages: impl Iterator<Item = Page>) -> HeaderValue {
-    let methods = pages.map(|page| match page.method() {
-        Method::GET => "GET, HEAD",
-        Method::DELETE => "DELETE",
-        _ => "POST",
-    });
-    HeaderValue::try_from(methods.collect::<Vec<_>>().join(", ")).expect("methods are visible ASCII")
+/// The field that lists methods.
+fn allow(methods: &[&str]) -> HeaderValue {
+    HeaderValue::try_from(methods.join(", ")).expect("methods are visible ASCII")
 }
 
 /// The endpoint in the query `endpoint=ENDPOINT`, decoded; nothing where there is no query.

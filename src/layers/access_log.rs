@@ -44,6 +44,7 @@ use crate::{
     message::{Body, BoxError, Session},
     telemetry::{
         Exchange, Metrics,
+        exchange::CacheOutcome,
         log::{Writer, timestamp, write_timestamp},
         metrics::{AbortedBy, RouteMetrics},
     },
@@ -338,6 +339,7 @@ impl Drop for Entry {
             tokens: facts.tokens,
             rate_limited: facts.rate_limited.as_deref(),
             rate_limit_shadow: facts.rate_limit_shadow.as_deref(),
+            cache: facts.cache.map(CacheOutcome::as_str),
             retries: facts.retries,
             fallback: facts.fallback,
             aborted_by: aborted_by.map(AbortedBy::as_str),
@@ -369,6 +371,7 @@ struct Line<'a> {
     tokens: Option<(u64, u64)>,
     rate_limited: Option<&'a str>,
     rate_limit_shadow: Option<&'a str>,
+    cache: Option<&'static str>,
     retries: u32,
     fallback: bool,
     aborted_by: Option<&'static str>,
@@ -412,6 +415,7 @@ impl Line<'_> {
         }
         field(out, "rate_limited", self.rate_limited);
         field(out, "rate_limit_shadow", self.rate_limit_shadow);
+        field(out, "cache", self.cache);
         if self.retries > 0 {
             number(out, "retries", self.retries.into());
         }
@@ -436,6 +440,7 @@ impl Line<'_> {
             ("principal", self.principal),
             ("rate_limited", self.rate_limited),
             ("rate_limit_shadow", self.rate_limit_shadow),
+            ("cache", self.cache),
             ("aborted_by", self.aborted_by),
             ("error", self.error),
             ("cause", self.cause),

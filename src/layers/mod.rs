@@ -16,7 +16,8 @@
 //! | [`auth`] | `Principal`, `Exchange` (principal) | `Exchange` (client address), `Connection` |
 //! | [`session`] | `Session`, `Exchange` (session) | `Principal`, `Exchange` (https), `Connection` |
 //! | [`body_limit`] | | |
-//! | [`rate_limit`] | `Exchange` (rule, tunnel) | `Principal`, `Parameters`, `Exchange` (client address, bytes, tunnel) |
+//! | [`rate_limit`] | `Exchange` (rule, tunnel) | `Principal`, `Parameters`, `Exchange` (client address, bytes, tunnel, cache) |
+//! | [`cache`] | `Exchange` (cache) | `Principal`, `Parameters`, `Exchange` (https, fallback) |
 //! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
 //! | [`deadline`] | `Deadline` | |
 //! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
@@ -28,6 +29,7 @@
 pub mod access_log;
 pub mod auth;
 pub mod body_limit;
+pub mod cache;
 pub mod circuit_breaker;
 pub mod concurrency;
 pub mod cors;

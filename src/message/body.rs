@@ -2,6 +2,7 @@
 
 use std::{
     any::Any,
+    collections::VecDeque,
     fmt,
     pin::Pin,
     task::{Context, Poll},
@@ -50,11 +51,52 @@ impl Body {
 }
 
 impl Body {
+    /// These frames, and then those of the body. They are known already: the body is not asked before they are gone.
+    #[must_use]
+    pub fn preceded(self, by: impl IntoIterator<Item = Frame<Bytes>>) -> Self {
+        let by: VecDeque<_> =
+            by.into_iter().filter(|frame| frame.data_ref().is_none_or(|data| !data.is_empty())).collect();
+        if by.is_empty() { self } else { Self::new(Preceded { by, body: self }) }
+    }
+
     /// Lets `strip` take from the trailers what may not go further.
     #[must_use]
     pub fn stripping_trailers(self, strip: impl Fn(&mut HeaderMap) + Send + Unpin + 'static) -> Self {
         // Nothing comes, and so no trailers do.
         if self.is_end_stream() { self } else { Self::new(Stripping { body: self, strip }) }
+    }
+}
+
+/// A body with frames before it.
+struct Preceded {
+    by: VecDeque<Frame<Bytes>>,
+    body: Body,
+}
+
+impl HttpBody for Preceded {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.by.pop_front() {
+            Some(frame) => Poll::Ready(Some(Ok(frame))),
+            None => Pin::new(&mut self.body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.by.is_empty() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let before: u64 = self.by.iter().filter_map(|frame| Some(frame.data_ref()?.len() as u64)).sum();
+        let rest = self.body.size_hint();
+        let mut hint = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper.saturating_add(before));
+        }
+        hint.set_lower(rest.lower().saturating_add(before));
+        hint
     }
 }
 

@@ -1,6 +1,9 @@
 //! Names of header fields that the `http` crate does not have.
 
-use http::{HeaderMap, HeaderName};
+use http::{
+    HeaderMap, HeaderName,
+    header::{AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION},
+};
 
 /// The correlation id: the same value upstream, in the response, in every log line and every error.
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -22,6 +25,16 @@ pub const X_ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffe
 pub const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 /// Connection-specific, never standardised.
 pub const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// The fields that clients show who they are in, to a backend or to sidegate. (In a query they stand, too.)
+pub const CREDENTIALS: [HeaderName; 6] = [
+    AUTHORIZATION,
+    COOKIE,
+    PROXY_AUTHORIZATION,
+    HeaderName::from_static("x-api-key"),
+    HeaderName::from_static("api-key"),
+    HeaderName::from_static("x-goog-api-key"),
+];
 
 /// Removes a field that only sidegate may say, in every spelling: CGI and WSGI write all that is no letter and no digit
 /// the same way, so that a backend could not tell the client's `x_principal_id` or `x.principal.id` from ours.

@@ -255,8 +255,11 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
     let (log, guard) = log::open(&settings.log, metrics.process().log_lines_dropped.clone())?;
     log::install(&log, settings.log.filter()?)?;
     let registry = Arc::new(Registry::new(metrics.clone(), log));
-    let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry)?));
     let shutdown = Shutdown::new(settings.drain);
+    let access = settings.admin.as_ref().map(reload::access).transpose()?;
+    let (admin, asked) = Admin::new(registry.clone(), shutdown.readiness().clone(), access.unwrap_or_default());
+    let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry, &admin)?));
+    reload::tell(&admin, &settings, tree);
 
     let front = Server::from(&settings).bind().await?;
     for address in front.addresses() {
@@ -264,9 +267,6 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
     }
     // Dropped when the front has ended, and with them whoever still is at the operator's port.
     let mut chores = JoinSet::new();
-    let access = settings.admin.as_ref().map(reload::access).transpose()?;
-    let (admin, asked) = Admin::new(registry.clone(), shutdown.readiness().clone(), access.unwrap_or_default());
-    reload::tell(&admin, &settings, tree);
     if let Toggle::On(of) = &settings.admin {
         let listen = vec![of.listen.clone().into()];
         let asking = timeouts::Config { client_header: OPERATORS_HEADER, ..Default::default() };
@@ -288,7 +288,7 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         move |request| stack.load().call(request)
     };
     let (timing, certificates) = (front.timing(), front.certificates());
-    let ended = registry.clone();
+    let (begun, ended) = (stack.clone(), registry.clone());
     let reloads = Reloads {
         sources,
         settings,
@@ -301,12 +301,13 @@ pub async fn serve(settings: Settings, tree: &Tree, sources: Arc<Sources>) -> Re
         reading: None,
     };
     chores.spawn(reloads.run(asked)?);
+    begun.load().begin();
 
     match front.run(handler, metrics.process().clone(), shutdown).await {
         Outcome::Drained => info!("stopped"),
         Outcome::Cut(connections) => warn!(connections, "stopped, and cut connections"),
     }
-    ended.rate_limits().finish(SETTLING).await;
+    tokio::join!(ended.rate_limits().finish(SETTLING), ended.caches().finish(SETTLING));
     Ok(guard)
 }
 

@@ -153,11 +153,12 @@ impl Reloads {
         }
         let (sources, registry) = (self.sources.clone(), self.registry.clone());
         let (current, certificates) = (self.settings.clone(), self.certificates.clone());
+        let admin = self.admin.clone();
         let mut reading = spawn_blocking(move || {
             for tls in &certificates {
                 tls.look();
             }
-            load(&sources, &current, &registry)
+            load(&sources, &current, &registry, &admin)
         });
         let Ok(loaded) = timeout(PATIENCE, &mut reading).await else {
             self.reading = Some(reading);
@@ -196,9 +197,11 @@ impl Reloads {
     }
 
     fn take(&mut self, Loaded { settings, tree, stack }: Loaded) {
-        self.stack.store(Arc::new(stack));
+        let stack = Arc::new(stack);
+        self.stack.store(stack.clone());
         // Only now: the new stack holds what it goes on using.
         self.registry.retain(&settings);
+        stack.begin();
         self.timing.set(&settings.defaults.timeouts);
         self.shutdown.set_times(settings.drain);
         tell(&self.admin, &settings, &tree);
@@ -210,7 +213,9 @@ impl Reloads {
 pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
     let shown = |tree: serde_json::Result<Value>| tree.map_or(Value::Null, admin::redact);
     let (given, effective) = (shown(tree.to_json()), shown(settings.effective()));
-    let upstreams = settings.upstreams.iter().map(|(name, upstream)| {
+    // A page of this port is no component.
+    let upstreams = settings.upstreams.iter().filter(|(_, upstream)| upstream.admin.is_none());
+    let upstreams = upstreams.map(|(name, upstream)| {
         let endpoints = upstream.endpoints.iter().flatten().map(|endpoint| endpoint.url.to_string());
         (name.clone(), endpoints.collect())
     });
@@ -223,7 +228,7 @@ pub(super) fn tell(admin: &Admin, settings: &Settings, tree: &Tree) {
     configuration.refused = None;
 }
 
-fn load(sources: &Sources, current: &Settings, registry: &Registry) -> Result<Loaded, Problems> {
+fn load(sources: &Sources, current: &Settings, registry: &Registry, admin: &Admin) -> Result<Loaded, Problems> {
     let mut problems = Problems::default();
     if let Some(path) = &sources.file
         && let Err(error) = file::open(path)
@@ -238,7 +243,7 @@ fn load(sources: &Sources, current: &Settings, registry: &Registry) -> Result<Lo
     if !problems.is_empty() {
         return Err(problems);
     }
-    match Stack::build(&settings, registry) {
+    match Stack::build(&settings, registry, admin) {
         Ok(stack) => Ok(Loaded { settings, tree, stack }),
         Err(error) => {
             problems.add("", chain(&error));
@@ -382,10 +387,10 @@ mod tests {
         let config = log::Config { file: Some(file.with_extension("log")), ..log::Config::default() };
         let (writer, guard) = log::open(&config, metrics.process().log_lines_dropped.clone()).unwrap();
         let registry = Arc::new(Registry::new(metrics, writer));
-        let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry).unwrap()));
         let shutdown = Shutdown::default();
         let access = admin::Access { local: true, loopback: false, token: None };
         let (admin, asked) = Admin::new(registry.clone(), shutdown.readiness().clone(), access);
+        let stack = Arc::new(ArcSwap::from_pointee(Stack::build(&settings, &registry, &admin).unwrap()));
         tell(&admin, &settings, &tree);
         let (timing, certificates) = (Arc::default(), Vec::new());
         let sources = Arc::new(sources);

@@ -18,6 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use http::{HeaderValue, header::HOST};
 use schemars::{JsonSchema, Schema, generate::SchemaSettings, transform::RecursiveTransform};
 use serde::{Deserialize, Serialize, Serializer};
 use serde_json::Value;
@@ -28,9 +29,11 @@ pub use self::{
     upstream::Upstream,
 };
 use crate::{
-    config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, load::nearest},
-    layers::{auth, fallback, hygiene, rate_limit, request_id},
+    admin::publish,
+    config::{ByteSize, Check, OneOrMany, Problems, Secret, Sources, Toggle, Tree, fields::MethodName, load::nearest},
+    layers::{auth, cache, fallback, hygiene, rate_limit, request_id},
     message::path::Pattern,
+    route::Table,
     store,
     telemetry::log,
 };
@@ -169,8 +172,8 @@ impl Settings {
     /// # Errors
     /// All mistakes of all sources.
     pub fn load(sources: &Sources) -> Result<(Self, Tree), Problems> {
-        // A fixed JSON answer may have nulls.
-        let sources = Sources { free: &["json"], ..sources.clone() };
+        // A fixed JSON answer may have nulls; and a condition may be that there is nothing.
+        let sources = Sources { free: &["json", "when"], ..sources.clone() };
         sources.load(|settings: &mut Self, tree, problems| {
             settings.complete();
             settings.check(tree, problems);
@@ -207,8 +210,8 @@ impl Settings {
         all.upstreams.values_mut().for_each(Upstream::complete);
         for route in &mut all.routes {
             // A fixed answer does not fail, whatever it inherits.
-            let fixed = self.is_fixed(&route.upstream);
-            route.complete(&self.defaults, fixed);
+            let fixed = self.fixed(&route.upstream).is_some();
+            route.complete(self.policies(route), fixed);
         }
         let mut all = serde_json::to_value(all)?;
         for route in all["routes"].as_array_mut().into_iter().flatten() {
@@ -219,6 +222,20 @@ impl Settings {
             }
         }
         Ok(all)
+    }
+
+    /// What holds for `route`: see [`Route::policies`]. What a page of the operator's port says holds when it is asked
+    /// for, so that no cache that it inherits is for it.
+    #[must_use]
+    pub fn policies(&self, route: &Route) -> Defaults {
+        let cache = if self.published(route).is_some() { Some(Toggle::Off) } else { None };
+        let policies = route.policies(&self.defaults);
+        Defaults { cache: cache.unwrap_or(policies.cache), ..policies }
+    }
+
+    /// The page of the operator's port that `route` leads to, if it does.
+    fn published(&self, route: &Route) -> Option<&publish::Config> {
+        self.upstreams.get(&route.upstream)?.admin.as_ref()
     }
 
     /// The JSON Schema of the file.
@@ -268,10 +285,14 @@ impl Settings {
         problems.at("defaults.timeouts", |problems| self.defaults.timeouts.check(problems));
         self.check_fallback(tree, "defaults", &self.defaults.fallback, None, problems);
         check_rate_limit(tree, "defaults", Some(&self.defaults.rate_limit), None, problems);
+        check_cache("defaults", Some(&self.defaults.cache), None, problems);
+        self.check_cache_in_redis(tree, "defaults", problems);
         problems.at("defaults.concurrency", |problems| self.defaults.concurrency.check(problems));
         problems.at("defaults.retry", |problems| self.defaults.retry.check(problems));
         self.check_routes(tree, problems);
         self.check_limits(tree, problems);
+        self.check_published(tree, problems);
+        self.check_warm(tree, problems);
     }
 
     fn check_listeners(&self, tree: &Tree, problems: &mut Problems) {
@@ -339,8 +360,8 @@ impl Settings {
                 }
                 if let Some(Toggle::On(retry)) = &route.retry {
                     problems.at("retry", |problems| {
-                        if self.is_fixed(&route.upstream) {
-                            problems.add("", format!("has no effect: `{}` is a fixed answer", route.upstream));
+                        if let Some(what) = self.fixed(&route.upstream) {
+                            problems.add("", format!("has no effect: `{}` is {what}", route.upstream));
                         }
                         retry.check(problems);
                     });
@@ -361,7 +382,22 @@ impl Settings {
             });
             let parameters: Vec<_> = route.matches.path.iter().flat_map(Pattern::names).collect();
             check_rate_limit(tree, &format!("routes.{n}"), route.rate_limit.as_ref(), Some(&parameters), problems);
+            check_cache(&format!("routes.{n}"), route.cache.as_ref(), Some(&parameters), problems);
+            self.check_cache_in_redis(tree, &format!("routes.{n}"), problems);
             self.check_fallback_of(n, route, tree, problems);
+        }
+    }
+
+    /// That the cache at `place` is to use a Redis that there is not. Without being told to it does where there is one.
+    fn check_cache_in_redis(&self, tree: &Tree, place: &str, problems: &mut Problems) {
+        let key = format!("{place}.cache.redis");
+        let section = match place.strip_prefix("routes.").and_then(|n| n.parse::<usize>().ok()) {
+            Some(n) => self.routes.get(n).and_then(|route| route.cache.as_ref()),
+            None => Some(&self.defaults.cache),
+        };
+        let is_on = matches!(section, Some(Toggle::On(config)) if !config.redis.is_off());
+        if is_on && self.redis.is_none() && tree.has(&key) {
+            problems.add(key, "needs a section `redis`, which says where that is");
         }
     }
 
@@ -421,11 +457,12 @@ impl Settings {
 
     fn check_fallback_of(&self, n: usize, route: &Route, tree: &Tree, problems: &mut Problems) {
         let place = format!("routes.{n}");
-        let fixed = self.is_fixed(&route.upstream);
+        let what = self.fixed(&route.upstream);
+        let fixed = what.is_some();
         match (&route.fallback, self.defaults.fallback.as_ref()) {
             (Some(Toggle::On(_)), _) if fixed => {
-                problems
-                    .add(format!("{place}.fallback"), format!("has no effect: `{}` is a fixed answer", route.upstream));
+                let what = format!("has no effect: `{}` is {}", route.upstream, what.unwrap_or_default());
+                problems.add(format!("{place}.fallback"), what);
             }
             (Some(own), _) => self.check_fallback(tree, &place, own, Some(&route.upstream), problems),
             // A fixed answer never fails, whatever it inherits.
@@ -457,16 +494,107 @@ impl Settings {
                 let section = tree.has(&format!("{place}.{key}.upstream"));
                 let key = if section { format!("{key}.upstream") } else { key };
                 check_name(&entry.upstream, &key, &upstreams, problems);
+                if self.upstreams.get(&entry.upstream).is_some_and(|upstream| upstream.admin.is_some()) {
+                    problems.add(key, format!("`{}` is {PAGE}, which stands in for nobody", entry.upstream));
+                }
             }
-            config.check(list, own, |name| self.is_fixed(name), problems);
+            config.check(list, own, |name| self.fixed(name).is_some(), problems);
         });
     }
 
-    /// Whether the upstream `name` is a fixed answer.
-    fn is_fixed(&self, name: &str) -> bool {
-        self.upstreams.get(name).is_some_and(|upstream| upstream.respond.is_some())
+    /// What the upstream `name` is, if it answers by itself.
+    fn fixed(&self, name: &str) -> Option<&'static str> {
+        let upstream = self.upstreams.get(name)?;
+        let what = [(upstream.respond.is_some(), "a fixed answer"), (upstream.admin.is_some(), PAGE)];
+        what.into_iter().find_map(|(is, what)| is.then_some(what))
+    }
+
+    /// What is wrong with what caches of routes are to keep warm: it must come to the route, and be for those who ask.
+    fn check_warm(&self, tree: &Tree, problems: &mut Problems) {
+        if self.defaults.cache.as_ref().is_some_and(|cache| !cache.warm.is_empty()) {
+            problems
+                .add("defaults.cache.warm", "holds for no route: it stands in the `cache` of the route it is about");
+        }
+        let table = Table::new(self.routes.iter().enumerate().map(|(n, route)| (route.matches.clone(), n)).collect());
+        for (n, route) in self.routes.iter().enumerate() {
+            let own = |key: &str| tree.is_whole(&format!("routes.{n}.{key}"));
+            let Some(Toggle::On(cache)) = &route.cache else { continue };
+            let auth = route.auth.as_ref().unwrap_or(&self.defaults.auth).as_ref();
+            if !cache.warm.is_empty() && !cache.shared && auth.is_some_and(|auth| !auth.anonymous) && own("auth") {
+                let why = "is asked for without a credential, and `auth` lets nobody ask so: set `shared: true`, if the \
+                           answer is the same for all";
+                problems.add(format!("routes.{n}.cache.warm"), why);
+            }
+            for (m, warmed) in cache.warm.iter().enumerate() {
+                let mut request = warmed.request();
+                if let (false, Some(host)) = (warmed.has_host(), &route.matches.host) {
+                    let host = host.replace('*', "any");
+                    request.headers_mut().extend(HeaderValue::try_from(host).map(|host| (HOST, host)));
+                }
+                let fields = route.matches.headers.iter();
+                request.headers_mut().extend(fields.map(|(name, value)| (name.get().clone(), value.get().clone())));
+                let message = match table.select(&request) {
+                    Ok((_, found)) if *found == n => continue,
+                    Ok((_, other)) => format!("`GET {warmed}` comes to `{}`", tree.place(&format!("routes.{other}"))),
+                    Err(_) => format!("`GET {warmed}` comes to no route"),
+                };
+                if own("match") {
+                    problems.add(format!("routes.{n}.cache.warm.{m}"), format!("{message}: name what this route gets"));
+                }
+            }
+        }
+    }
+
+    /// What is wrong with routes to pages of the operator's port, and with what these name.
+    fn check_published(&self, tree: &Tree, problems: &mut Problems) {
+        for (name, upstream) in &self.upstreams {
+            let Some(publish::Config { page, .. }) = &upstream.admin else { continue };
+            problems.at(format!("upstreams.{name}.admin"), |problems| {
+                let Some(about) = page.of_breakers().or(page.of_endpoints()) else { return };
+                check_name(about, "page", &tree.names("upstreams"), problems);
+                if let Some(of) = self.upstreams.get(about)
+                    && page.of_breakers().is_some()
+                    && of.circuit_breaker.is_none()
+                {
+                    problems.add("page", format!("`{about}` has no `circuit_breaker`"));
+                }
+            });
+        }
+        for (n, route) in self.routes.iter().enumerate() {
+            let Some(publish::Config { page, open }) = self.published(route) else { continue };
+            let name = &route.upstream;
+            problems.at(format!("routes.{n}"), |problems| {
+                if let Some(Toggle::On(_)) = route.cache {
+                    problems.add("cache", format!("has no effect: `{name}` is {PAGE}"));
+                }
+                let mut parameters = route.matches.path.iter().flat_map(Pattern::names);
+                if let Some(needed) = page.parameter()
+                    && !parameters.any(|parameter| parameter == needed)
+                {
+                    problems.add("match.path", format!("has no parameter `{{{needed}}}`, which is part of `{page}`"));
+                }
+                let methods = page.methods();
+                let asked = |own: &OneOrMany<MethodName>| own.iter().any(|own| methods.contains(&own.as_str()));
+                if route.matches.method.as_ref().is_some_and(|own| !asked(own)) {
+                    let message = format!("lacks {}: by these `{page}` is asked for", methods.join(" and "));
+                    problems.add("match.method", message);
+                }
+                // What could not be read may be what guards it.
+                let read =
+                    [format!("routes.{n}.auth"), "defaults.auth".to_owned()].iter().all(|key| tree.is_whole(key));
+                let auth = route.auth.as_ref().unwrap_or(&self.defaults.auth).as_ref();
+                let guarded = auth.is_some_and(|auth| !auth.anonymous);
+                if page.changes() && !open && !guarded && read {
+                    let how = "give the route an `auth` without `anonymous`, or let the page be `open: true`";
+                    problems.add("", format!("lets anybody ask for `{page}`, which changes something: {how}"));
+                }
+            });
+        }
     }
 }
+
+/// What an upstream with `admin` is.
+const PAGE: &str = "a page of the operator's port";
 
 /// What is wrong with the rate limits at `place`, which are those of a route with these `parameters`, or of any.
 fn check_rate_limit(
@@ -480,6 +608,31 @@ fn check_rate_limit(
     let place = format!("{place}.rate_limit");
     let list = if tree.has(&format!("{place}.rules")) { "rules." } else { "" };
     problems.at(place, |problems| config.check(list, parameters, problems));
+}
+
+/// What is wrong with the cache at `place`, which is that of a route with these `parameters`, or of any.
+fn check_cache(
+    place: &str,
+    cache: Option<&Toggle<cache::Config>>,
+    parameters: Option<&[&str]>,
+    problems: &mut Problems,
+) {
+    let Some(Toggle::On(config)) = cache else { return };
+    problems.at(format!("{place}.cache"), |problems| {
+        config.check(problems);
+        for (key, name) in config.parameters() {
+            match parameters {
+                None => {
+                    problems
+                        .add(key, format!("names `{{{name}}}`: `defaults` hold for routes without parameters, too"));
+                }
+                Some(known) if !known.contains(&name) => {
+                    problems.add(key, format!("names `{{{name}}}`, which is no parameter of the route's path"));
+                }
+                Some(_) => {}
+            }
+        }
+    });
 }
 
 /// Adds that there is no upstream `name`, which stands at `key`, if there is none. That there is none at all was said.
@@ -621,6 +774,7 @@ mod tests {
               far: {endpoints: ['https://a.example'], protocol: http2, host: b.example, pool: {idle: off}}
               late: {endpoints: [http://127.0.0.1:8001]}
               fixed: {respond: {status: 503, headers: {retry-after: 60}, json: {x: null}}}
+              page: {admin: {page: '/rate-limits/a?key=b', open: false}}
             defaults:
               timeouts: {first_byte: 1s, keepalive: 9s}
               body_limit: {max: 1KiB}

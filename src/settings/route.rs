@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::Toggle,
     layers::{
-        auth, body_limit, concurrency, cors, errors, fallback, rate_limit, retry, security_headers, session, timeouts,
+        auth, body_limit, cache, concurrency, cors, errors, fallback, rate_limit, retry, security_headers, session,
+        timeouts,
     },
     route::Match,
 };
@@ -31,6 +32,8 @@ pub struct Defaults {
     pub body_limit: Toggle<body_limit::Config>,
     /// How much each may use. Default `off`.
     pub rate_limit: Toggle<rate_limit::Config>,
+    /// Which answers are kept and given again. Default `off`.
+    pub cache: Toggle<cache::Config>,
     /// How many requests of a route may be in flight, and how many may wait. Each route counts its own. Default `off`.
     pub concurrency: Toggle<concurrency::Config>,
     /// The upstreams that step in where the route's own failed, in this order: a list, or a section with the list in
@@ -52,6 +55,7 @@ impl Default for Defaults {
             timeouts: timeouts::Config::default(),
             body_limit: Toggle::Off,
             rate_limit: Toggle::Off,
+            cache: Toggle::Off,
             concurrency: Toggle::Off,
             fallback: Toggle::Off,
             retry: Toggle::Off,
@@ -94,6 +98,9 @@ pub struct Route {
     /// Instead of `defaults.rate_limit`; `off` sets no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rate_limit: Option<Toggle<rate_limit::Config>>,
+    /// Instead of `defaults.cache`; `off` keeps no answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Toggle<cache::Config>>,
     /// Instead of `defaults.concurrency`; `off` sets no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub concurrency: Option<Toggle<concurrency::Config>>,
@@ -122,6 +129,7 @@ impl Route {
             timeouts: None,
             body_limit: None,
             rate_limit: None,
+            cache: None,
             concurrency: None,
             fallback: None,
             retry: None,
@@ -157,14 +165,16 @@ impl Route {
             timeouts,
             body_limit: self.body_limit.unwrap_or(defaults.body_limit),
             rate_limit: self.rate_limit.as_ref().unwrap_or(&defaults.rate_limit).clone(),
+            cache: self.cache.as_ref().unwrap_or(&defaults.cache).clone(),
             concurrency: self.concurrency.as_ref().unwrap_or(&defaults.concurrency).clone(),
             fallback: self.fallback.as_ref().unwrap_or(&defaults.fallback).clone(),
             retry: self.retry.as_ref().unwrap_or(&defaults.retry).clone(),
             errors: self.errors.unwrap_or(defaults.errors),
         }
     }
-    /// Writes out what it inherits. A `fixed` answer has no use for what mends failures.
-    pub(super) fn complete(&mut self, defaults: &Defaults, fixed: bool) {
+
+    /// Writes out that these `policies` hold for it. A `fixed` answer has no use for what mends failures.
+    pub(super) fn complete(&mut self, policies: Defaults, fixed: bool) {
         let Defaults {
             security_headers,
             auth,
@@ -173,11 +183,12 @@ impl Route {
             timeouts,
             body_limit,
             rate_limit,
+            cache,
             concurrency,
             fallback,
             retry,
             errors,
-        } = self.policies(defaults);
+        } = policies;
         *self = Self {
             name: Some(self.name()).filter(|name| is_route_name(name)),
             matches: mem::take(&mut self.matches),
@@ -189,6 +200,7 @@ impl Route {
             timeouts: Some(Toggle::On(timeouts)),
             body_limit: Some(body_limit),
             rate_limit: Some(rate_limit),
+            cache: Some(cache),
             concurrency: Some(concurrency),
             fallback: Some(if fixed { Toggle::Off } else { fallback }),
             retry: Some(if fixed { Toggle::Off } else { retry }),

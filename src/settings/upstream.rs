@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    admin::publish,
     config::{Check, OneOrMany, Problems, Toggle, file::Content},
     layers::{circuit_breaker, concurrency},
     upstream::{
@@ -15,7 +16,7 @@ use crate::{
     },
 };
 
-/// Where requests may go. An entry of `upstreams`: either `endpoints` and how to speak to them, or `respond`.
+/// Where requests may go. An entry of `upstreams`: either `endpoints` and how to speak to them, or `respond`, or `admin`.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Upstream {
@@ -52,6 +53,9 @@ pub struct Upstream {
     /// A fixed answer instead of a backend.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub respond: Option<respond::Config>,
+    /// A page of the operator's port instead of a backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub admin: Option<publish::Config>,
 }
 
 impl Upstream {
@@ -90,6 +94,29 @@ impl Upstream {
         }
     }
 
+    /// What is wrong with what answers by itself, and is of this `kind`.
+    fn check_fixed(&self, kind: &str, problems: &mut Problems) {
+        let given = [
+            ("protocol", self.protocol.is_some()),
+            ("host", self.host.is_some()),
+            ("tls", self.tls.is_some()),
+            ("pool", self.pool.is_some()),
+            ("circuit_breaker", self.circuit_breaker.is_some()),
+            ("concurrency", self.concurrency.is_some()),
+            ("balance", self.balance.is_some()),
+            ("health", self.health.is_some()),
+        ];
+        for (key, _) in given.into_iter().filter(|(_, given)| *given) {
+            problems.add(key, format!("has no effect beside `{kind}`: leave it out"));
+        }
+        if let Some(respond) = &self.respond {
+            problems.at("respond", |problems| respond.check(problems));
+        }
+        if let Some(page) = &self.admin {
+            problems.at("admin", |problems| page.check(problems));
+        }
+    }
+
     /// Writes its defaults out.
     pub(super) fn complete(&mut self) {
         let mut endpoints = self.endpoints.iter().flatten();
@@ -110,28 +137,23 @@ impl Upstream {
 
 impl Check for Upstream {
     fn check(&self, problems: &mut Problems) {
-        match (&self.endpoints, &self.respond) {
-            (None, None) => {
-                problems.add("", "needs `endpoints` (where the backend listens) or `respond` (a fixed answer)");
-            }
-            (Some(_), Some(_)) => problems.add("respond", "stands beside `endpoints`: an upstream is one or the other"),
-            (None, Some(respond)) => {
-                let given = [
-                    ("protocol", self.protocol.is_some()),
-                    ("host", self.host.is_some()),
-                    ("tls", self.tls.is_some()),
-                    ("pool", self.pool.is_some()),
-                    ("circuit_breaker", self.circuit_breaker.is_some()),
-                    ("concurrency", self.concurrency.is_some()),
-                    ("balance", self.balance.is_some()),
-                    ("health", self.health.is_some()),
-                ];
-                for (key, _) in given.into_iter().filter(|(_, given)| *given) {
-                    problems.add(key, "has no effect beside `respond`: leave it out");
-                }
-                problems.at("respond", |problems| respond.check(problems));
-            }
-            (Some(endpoints), None) => match &*endpoints.0 {
+        let kinds = [
+            ("endpoints", self.endpoints.is_some()),
+            ("respond", self.respond.is_some()),
+            ("admin", self.admin.is_some()),
+        ];
+        let mut kinds = kinds.into_iter().filter_map(|(kind, given)| given.then_some(kind));
+        let Some(kind) = kinds.next() else {
+            let how = "needs `endpoints` (where the backend listens), `respond` (a fixed answer) or `admin` (a page of the \
+                       operator's port)";
+            return problems.add("", how);
+        };
+        for other in kinds {
+            problems.add(other, format!("stands beside `{kind}`: an upstream is one or the other"));
+        }
+        match &self.endpoints {
+            None => self.check_fixed(kind, problems),
+            Some(endpoints) => match &*endpoints.0 {
                 [] => problems.add("endpoints", "is empty: name the backend, as in `[http://127.0.0.1:8000]`"),
                 [first, ..] => {
                     if self.tls.is_some() && !endpoints.iter().any(|endpoint| endpoint.url.tls()) {

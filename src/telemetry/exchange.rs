@@ -60,6 +60,47 @@ pub struct Asked {
     pub traceparent: Option<HeaderValue>,
 }
 
+/// What a cache did with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CacheOutcome {
+    /// It gave a stored answer that was fresh.
+    Hit,
+    /// It gave a stored answer that was not.
+    Stale,
+    /// It gave a stored answer after the upstream had said that it still holds.
+    Revalidated,
+    /// It gave the answer that another request was getting.
+    Coalesced,
+    /// It asked the upstream.
+    Miss,
+    /// It had no part in it.
+    Bypass,
+}
+
+impl CacheOutcome {
+    /// All of them.
+    pub const ALL: [Self; 6] = [Self::Hit, Self::Stale, Self::Revalidated, Self::Coalesced, Self::Miss, Self::Bypass];
+
+    /// The word for logs and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Stale => "stale",
+            Self::Revalidated => "revalidated",
+            Self::Coalesced => "coalesced",
+            Self::Miss => "miss",
+            Self::Bypass => "bypass",
+        }
+    }
+
+    /// Whether the upstream made nothing for this request.
+    #[must_use]
+    pub const fn spares_upstream(self) -> bool {
+        !matches!(self, Self::Miss | Self::Bypass)
+    }
+}
+
 /// The facts themselves. All are absent until a layer writes them.
 #[derive(Debug, Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
@@ -86,6 +127,8 @@ pub struct Facts {
     pub rate_limited: Option<Arc<str>>,
     /// The first rule that would have refused the request, were it not a shadow.
     pub rate_limit_shadow: Option<Arc<str>>,
+    /// What the cache did, where the route has one.
+    pub cache: Option<CacheOutcome>,
     /// How many times the request was sent again.
     pub retries: u32,
     /// Whether one of these was for a pooled connection that the upstream had closed.

@@ -12,7 +12,10 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     hash::Hash,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64},
+    },
     time::Duration,
 };
 
@@ -23,6 +26,8 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
 };
+
+use super::exchange::CacheOutcome;
 
 /// `Content-Type` of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -64,6 +69,12 @@ struct Families {
     not_retried: Family<NotRetried, Counter>,
     auth: Family<RouteOutcome, Counter>,
     sessions: Family<RouteOutcome, Counter>,
+    cache: Family<RouteOutcome, Counter>,
+    cache_in_redis: Family<RouteOutcome, Counter>,
+    cache_stored: Family<Route, Counter>,
+    cache_evicted: Family<Route, Counter>,
+    cache_refreshed: Family<Route, Counter>,
+    cache_saved_seconds: Family<Route, Counter<f64, AtomicU64>>,
     rate_limits: Family<RuleOutcome, Counter>,
     rate_limit_remembered: Family<Route, Counter>,
     tokens: Family<RouteTokens, Counter>,
@@ -275,6 +286,79 @@ pub struct SessionMetrics {
     _shown: Shown,
 }
 
+/// Samples of the cache of one route, found once at load.
+#[derive(Debug, Clone)]
+pub struct CacheMetrics {
+    outcomes: [Counter; CacheOutcome::ALL.len()],
+    in_redis: [Counter; CacheInRedis::ALL.len()],
+    /// Answers that were stored.
+    pub stored: Counter,
+    /// Answers that had to give way to others.
+    pub evicted: Counter,
+    /// Answers that were asked for anew behind a request.
+    pub refreshed: Counter,
+    saved: Counter<f64, AtomicU64>,
+    _shown: Shown,
+}
+
+/// What becomes of looking for an answer in Redis, and of writing one there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheInRedis {
+    /// It was there.
+    Hit,
+    /// It was not.
+    Miss,
+    /// Redis was out of order, or did not answer in time.
+    Failed,
+    /// It was written.
+    Stored,
+    /// It was not written: too many others were waiting, or Redis was out of order.
+    Dropped,
+}
+
+impl CacheInRedis {
+    const ALL: [Self; 5] = [Self::Hit, Self::Miss, Self::Failed, Self::Stored, Self::Dropped];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Failed => "failed",
+            Self::Stored => "stored",
+            Self::Dropped => "dropped",
+        }
+    }
+}
+
+impl CacheMetrics {
+    /// Counts what became of an answer in Redis.
+    pub fn in_redis(&self, outcome: CacheInRedis) {
+        self.in_redis[outcome as usize].inc();
+    }
+
+    /// Counts a request by its outcome.
+    pub fn count(&self, outcome: CacheOutcome) {
+        self.outcomes[outcome as usize].inc();
+    }
+
+    /// How many requests had this outcome.
+    #[must_use]
+    pub fn counted(&self, outcome: CacheOutcome) -> u64 {
+        self.outcomes[outcome as usize].get()
+    }
+
+    /// What the upstream would have needed for what it was spared, in seconds.
+    #[must_use]
+    pub fn saved_seconds(&self) -> f64 {
+        self.saved.get()
+    }
+
+    /// Notes that the upstream was spared something that had taken it so long.
+    pub fn saved(&self, took: Duration) {
+        self.saved.inc_by(took.as_secs_f64());
+    }
+}
+
 /// Samples of the rate limits of one route, found once at load.
 #[derive(Debug, Clone)]
 pub struct RateLimitMetrics {
@@ -286,6 +370,8 @@ pub struct RateLimitMetrics {
     pub tokens_in: Counter,
     /// Tokens that they made.
     pub tokens_out: Counter,
+    /// Tokens of answers that a cache gave.
+    pub tokens_saved: Counter,
     _shown: Shown,
 }
 
@@ -592,6 +678,30 @@ impl Metrics {
         }
     }
 
+    /// The samples of the cache of a route.
+    #[must_use]
+    pub fn cache(&self, route: &str) -> CacheMetrics {
+        let shown = self.show(Of::Cache(route.to_owned()));
+        let (f, labels) = (&self.0.families, Route { route: route.to_owned() });
+        let outcome = |outcome: CacheOutcome| {
+            let labels = RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() };
+            f.cache.get_or_create(&labels).clone()
+        };
+        let in_redis = |outcome: CacheInRedis| {
+            let labels = RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() };
+            f.cache_in_redis.get_or_create(&labels).clone()
+        };
+        CacheMetrics {
+            outcomes: CacheOutcome::ALL.map(outcome),
+            in_redis: CacheInRedis::ALL.map(in_redis),
+            stored: f.cache_stored.get_or_create(&labels).clone(),
+            evicted: f.cache_evicted.get_or_create(&labels).clone(),
+            refreshed: f.cache_refreshed.get_or_create(&labels).clone(),
+            saved: f.cache_saved_seconds.get_or_create(&labels).clone(),
+            _shown: shown,
+        }
+    }
+
     /// The samples of the rate limits of a route.
     #[must_use]
     pub fn rate_limit(&self, route: &str) -> RateLimitMetrics {
@@ -604,6 +714,7 @@ impl Metrics {
         RateLimitMetrics {
             tokens_in: tokens("input"),
             tokens_out: tokens("output"),
+            tokens_saved: tokens("saved"),
             remembered: f.rate_limit_remembered.get_or_create(&labels).clone(),
             store_failure: f.rate_limit_store_failures.get_or_create(&labels).clone(),
             _shown: shown,
@@ -844,6 +955,7 @@ enum Of {
     Route(String),
     Auth(String),
     Sessions(String),
+    Cache(String),
     RateLimit(String),
     Rule {
         route: String,
@@ -860,6 +972,22 @@ enum Of {
         route: String,
         upstream: String,
     },
+}
+
+impl Families {
+    fn forget_cache(&self, route: &str) {
+        for outcome in CacheOutcome::ALL {
+            self.cache.remove(&RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() });
+        }
+        for outcome in CacheInRedis::ALL {
+            self.cache_in_redis.remove(&RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() });
+        }
+        let labels = Route { route: route.to_owned() };
+        for family in [&self.cache_stored, &self.cache_evicted, &self.cache_refreshed] {
+            family.remove(&labels);
+        }
+        self.cache_saved_seconds.remove(&labels);
+    }
 }
 
 impl Shared {
@@ -890,8 +1018,9 @@ impl Shared {
                     f.sessions.remove(&RouteOutcome { route: route.clone(), outcome });
                 }
             }
+            Of::Cache(route) => f.forget_cache(route),
             Of::RateLimit(route) => {
-                for direction in ["input", "output"] {
+                for direction in ["input", "output", "saved"] {
                     f.tokens.remove(&RouteTokens { route: route.clone(), direction });
                 }
                 let labels = Route { route: route.clone() };
@@ -1058,6 +1187,12 @@ impl Families {
             not_retried: Family::default(),
             auth: Family::default(),
             sessions: Family::default(),
+            cache: Family::default(),
+            cache_in_redis: Family::default(),
+            cache_stored: Family::default(),
+            cache_evicted: Family::default(),
+            cache_refreshed: Family::default(),
+            cache_saved_seconds: Family::default(),
             rate_limits: Family::default(),
             rate_limit_remembered: Family::default(),
             tokens: Family::default(),
@@ -1099,6 +1234,15 @@ impl Families {
     fn register_gates(&self, all: &mut Registry) {
         all.register("auth", "Requests of routes with auth, by outcome", self.auth.clone());
         all.register("sessions", "Requests of routes with sessions, by outcome", self.sessions.clone());
+        all.register("cache_requests", "Requests of routes with a cache, by outcome", self.cache.clone());
+        let help = "Answers that were looked for in Redis, or left to be written there, by outcome";
+        all.register("cache_redis", help, self.cache_in_redis.clone());
+        all.register("cache_stored", "Answers that were stored", self.cache_stored.clone());
+        all.register("cache_evicted", "Stored answers that had to give way to others", self.cache_evicted.clone());
+        let help = "Stored answers that were asked for anew behind a request";
+        all.register("cache_refreshed", help, self.cache_refreshed.clone());
+        let help = "Time that the upstream had needed for the answers that were given from the cache";
+        all.register_with_unit("cache_saved", help, Unit::Seconds, self.cache_saved_seconds.clone());
         all.register("rate_limits", "Requests that a rule held for, by outcome", self.rate_limits.clone());
         let help = "Requests refused because they had been refused before, without a look at the counters";
         all.register("rate_limits_remembered", help, self.rate_limit_remembered.clone());

@@ -5,8 +5,6 @@ use serde_json::{Value, json};
 
 use crate::harness::{Fastapi, Message, Proxy, Wire, eventually, example};
 
-const REQUEST: &str = r#"{"messages": [{"role": "user", "content": "Who are you?"}]}"#;
-
 struct System {
     assistant: Fastapi,
     ollama: Fastapi,
@@ -15,11 +13,11 @@ struct System {
 
 /// The system as its file has it, on other ports and with less patience.
 async fn system() -> System {
-    checked_every("5s").await
+    changed("5s", "1h").await
 }
 
-/// The same, with checks of health as often as this.
-async fn checked_every(interval: &str) -> System {
+/// The same, with checks of health as often as this, and answers that are fresh for so long.
+async fn changed(interval: &str, ttl: &str) -> System {
     let (assistant, ollama) = tokio::join!(Fastapi::app("assistant", 0, &[]), Fastapi::app("ollama", 0, &[]));
     let file = example(
         "assistant.yaml",
@@ -33,6 +31,7 @@ async fn checked_every(interval: &str) -> System {
             ("heartbeat: 10s", "heartbeat: 200ms"),
             ("recovery: 5s", "recovery: 1s"),
             ("interval: 5s", &format!("interval: {interval}, jitter: 0s")),
+            ("ttl: 1h", &format!("ttl: {ttl}")),
         ],
     );
     System { assistant, ollama, proxy: Proxy::start(&file).await }
@@ -43,6 +42,11 @@ impl System {
         self.proxy.ask(request(id)).await
     }
 
+    /// The question that others may have asked before.
+    async fn ask_again(&self, id: &str) -> Message {
+        self.proxy.ask(asking(id, "Who are you?")).await
+    }
+
     /// What was asked of Ollama last.
     async fn asked_of_ollama(&self) -> Value {
         let all = self.ollama.ask("GET /asked HTTP/1.1\r\nhost: ollama\r\n\r\n").await.json();
@@ -50,12 +54,22 @@ impl System {
     }
 }
 
+/// A request of this id, with a question of its own.
 fn request(id: &str) -> String {
-    let length = REQUEST.len();
+    asking(id, id)
+}
+
+fn asking(id: &str, question: &str) -> String {
+    let body = body(question).to_string();
+    let length = body.len();
     format!(
         "POST /ask HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}\r\nauthorization: Bearer key\r\n\
-         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{REQUEST}"
+         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     )
+}
+
+fn body(question: &str) -> Value {
+    json!({ "messages": [{ "role": "user", "content": question }] })
 }
 
 async fn set_mode(assistant: &Fastapi, mode: &str) {
@@ -110,7 +124,7 @@ async fn what_fails_before_its_first_token_is_answered_by_ollama() {
         let line = system.proxy.access_line(mode).await;
         assert_eq!((&line["upstream"], &line["fallback"]), (&json!("ollama"), &json!(true)), "{line}");
         let asked = system.asked_of_ollama().await;
-        let mut body: Value = serde_json::from_str(REQUEST).unwrap();
+        let mut body = body(mode);
         body["model"] = "llama3.2".into();
         body["stream"] = true.into();
         assert_eq!(asked["body"], body, "{mode}");
@@ -249,7 +263,7 @@ async fn ollama_is_never_asked_for_more_than_it_computes_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_assistant_that_is_not_ready_is_not_asked() {
-    let system = checked_every("100ms").await;
+    let system = changed("100ms", "1h").await;
     let shows = async |health: &str| {
         let all = system.proxy.admin_get("/health/upstreams").await.json();
         let upstream = |name: &str| -> Value {
@@ -268,4 +282,72 @@ async fn an_assistant_that_is_not_ready_is_not_asked() {
     set_mode(&system.assistant, "ok").await;
     eventually("the assistant to be found ready", async || shows("up").await).await;
     assert_eq!(tokens(&system.ask("ready").await.text()), "Hello from the assistant.");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_that_was_answered_to_the_end_is_not_asked_again() {
+    let system = system().await;
+    let first = system.ask_again("first").await;
+    assert_eq!(tokens(&first.text()), "Hello from the assistant.");
+    set_mode(&system.assistant, "loading").await;
+    let again = system.ask_again("again").await;
+    assert_eq!((again.status(), again.text()), (200, first.text()), "the same stream, event by event");
+    assert_eq!(again.head.get("content-type"), first.head.get("content-type"));
+    let status = again.head.get("cache-status").unwrap();
+    assert!(status.starts_with("sidegate; hit; ttl=35"), "for an hour: {status}");
+    assert_eq!(again.head.get("x-request-id"), Some("again"), "ids are not kept");
+    let line = system.proxy.access_line("again").await;
+    assert_eq!((&line["cache"], &line["upstream"]), (&json!("hit"), &Value::Null), "{line}");
+
+    // Another's answers are another's, and another question is another question.
+    let other = asking("other", "Who are you?").replace("Bearer key", "Bearer other");
+    assert_eq!(tokens(&system.proxy.ask(other).await.text()), "Hello from Ollama.");
+    assert_eq!(tokens(&system.ask("something else").await.text()), "Hello from Ollama.");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_did_not_come_to_its_end_and_what_ollama_said_are_not_kept() {
+    let system = system().await;
+    for mode in ["loading", "out-of-memory", "silent"] {
+        set_mode(&system.assistant, mode).await;
+        assert_eq!(tokens(&system.ask_again(mode).await.text()), "Hello from Ollama.", "{mode}");
+    }
+    // One who left in the middle of it.
+    set_mode(&system.assistant, "paused").await;
+    let mut client = system.proxy.connect().await;
+    client.send(asking("left", "Who are you?")).await;
+    assert_eq!(client.head().await.status(), 200);
+    assert!(String::from_utf8(client.chunk().await.unwrap()).unwrap().contains("\"Hello\""));
+    drop(client);
+    system.proxy.access_line("left").await;
+    set_mode(&system.assistant, "ok").await;
+    let answer = system.ask_again("well again").await;
+    assert_eq!(tokens(&answer.text()), "Hello from the assistant.");
+    let status = answer.head.get("cache-status").unwrap();
+    assert!(
+        status.starts_with("sidegate; fwd=uri-miss; fwd-status=200; ttl=3") && status.ends_with("; stored"),
+        "{status}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ollama_stands_in_before_an_old_answer_and_that_before_the_fixed_one() {
+    let System { assistant, ollama, proxy } = changed("5s", "1s").await;
+    let ask = async |id: &str| proxy.ask(asking(id, "Who are you?")).await;
+    assert_eq!(tokens(&ask("fresh").await.text()), "Hello from the assistant.");
+    drop(assistant);
+    eventually("Ollama to be asked instead", async || tokens(&ask("late").await.text()) == "Hello from Ollama.").await;
+    drop(ollama);
+    // Once it fails by itself, and then the breakers let nobody through.
+    for n in 0..7 {
+        let answer = ask(&format!("old-{n}")).await;
+        assert_eq!((answer.status(), &*tokens(&answer.text())), (200, "Hello from the assistant."));
+        let status = answer.head.get("cache-status").unwrap();
+        assert!(status.starts_with("sidegate; fwd=stale; fwd-status=503; ttl=-"), "{status}");
+        assert!(status.ends_with("; detail=stale-if-error"), "{status}");
+    }
+    let line = proxy.access_line("old-6").await;
+    assert_eq!((&line["cache"], &line["status"]), (&json!("stale"), &json!(200)), "{line}");
+    let answer = proxy.ask(request("never answered")).await;
+    assert_eq!((answer.status(), &answer.json()["error"]["code"]), (503, &json!("offline")));
 }

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use crate::harness::{Backend, Message, Proxy, Wire, backend::Recorder, client::Http2Client, eventually};
 
 /// A key and its line, as `sidegate key new` prints them.
-fn new_key(arguments: &[&str]) -> (String, String) {
+pub fn new_key(arguments: &[&str]) -> (String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_sidegate")).args(["key", "new"]).args(arguments).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8(output.stdout).unwrap();
@@ -26,7 +26,7 @@ fn new_key(arguments: &[&str]) -> (String, String) {
 }
 
 /// A folder with a file of keys in it.
-fn keys(lines: &[&str]) -> (TempDir, String) {
+pub fn keys(lines: &[&str]) -> (TempDir, String) {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("keys");
     fs::write(&file, lines.join("\n")).unwrap();

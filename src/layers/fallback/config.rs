@@ -4,10 +4,7 @@ use std::{borrow::Cow, collections::BTreeMap, fmt, path::Path};
 
 use http::{
     HeaderName, HeaderValue,
-    header::{
-        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, COOKIE, HOST, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
-        UPGRADE,
-    },
+    header::{AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, TE, TRAILER, TRANSFER_ENCODING, UPGRADE},
     uri::PathAndQuery,
 };
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -25,19 +22,8 @@ use crate::{
         ByteSize, Check, Failure, Problems, Secret,
         fields::{self, FieldName},
     },
-    message::headers::{KEEP_ALIVE, PROXY_CONNECTION},
+    message::headers::{CREDENTIALS, KEEP_ALIVE, PROXY_CONNECTION},
 };
-
-/// The credentials of a client, as far as one knows them by their names: what was meant for one upstream is none of
-/// another's business.
-pub const CREDENTIALS: [HeaderName; 6] = [
-    AUTHORIZATION,
-    COOKIE,
-    PROXY_AUTHORIZATION,
-    HeaderName::from_static("x-api-key"),
-    HeaderName::from_static("api-key"),
-    HeaderName::from_static("x-goog-api-key"),
-];
 
 /// What the client of the upstream writes by itself.
 const OF_THE_CONNECTION: [HeaderName; 8] =

@@ -54,12 +54,13 @@ use http::{HeaderMap, HeaderName, HeaderValue, Uri, request::Parts, uri::PathAnd
 use serde_json::{Map, Value};
 use tower::{Layer, Service};
 
-pub use self::config::{CREDENTIALS, Config, Entry, Headers, PathText, Prefix, Rewrite};
+pub use self::config::{Config, Entry, Headers, PathText, Prefix, Rewrite};
 use crate::{
     config::Failure,
     message::{
         Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
-        headers::PROXY_STATUS, json,
+        headers::{CREDENTIALS, PROXY_STATUS},
+        json,
     },
     telemetry::{Exchange, Metrics, metrics::FallbackMetrics},
 };

@@ -79,7 +79,7 @@ use crate::{
     store::{Failure, Key, Redis},
     telemetry::{
         Exchange, Metrics,
-        exchange::client_ip,
+        exchange::{CacheOutcome, client_ip},
         metrics::{RateLimitMetrics, RuleMetrics},
     },
 };
@@ -519,7 +519,12 @@ impl Owed {
 
 impl Drop for Owed {
     fn drop(&mut self) {
-        let usage = self.reading.as_ref().map(Reading::usage);
+        let mut usage = self.reading.as_ref().map(Reading::usage);
+        let cache = self.exchange.as_ref().and_then(|exchange| exchange.facts().cache);
+        // Nobody made for this request what it got.
+        if cache.is_some_and(CacheOutcome::spares_upstream) {
+            self.gate.metrics.tokens_saved.inc_by(usage.take().map_or(0, Usage::total));
+        }
         if let Some(usage) = usage {
             self.gate.metrics.tokens_in.inc_by(usage.input);
             self.gate.metrics.tokens_out.inc_by(usage.output);

@@ -5,7 +5,10 @@ use std::{
     future::poll_fn,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
 };
 
@@ -71,13 +74,23 @@ impl Backend {
     }
 }
 
-/// A backend that answers every request with the same bytes and keeps what it was asked.
+/// A backend that answers every request at once, with the same bytes or by a script, and keeps what it was asked.
 ///
 /// It reads strictly: a request whose bytes two servers could read in two ways counts as [`Recorded::Ambiguous`].
 pub struct Recorder {
     address: SocketAddr,
     requests: Arc<Mutex<Vec<Recorded>>>,
+    count: Arc<AtomicUsize>,
     _tasks: JoinSet<()>,
+}
+
+type Script = Arc<dyn Fn(usize, &Message) -> Bytes + Send + Sync>;
+
+#[derive(Clone)]
+struct Serving {
+    script: Script,
+    kept: Option<Arc<Mutex<Vec<Recorded>>>>,
+    count: Arc<AtomicUsize>,
 }
 
 /// What a [`Recorder`] was asked.
@@ -98,22 +111,43 @@ impl Recorder {
 
     pub async fn answering(answer: impl Into<Bytes>) -> Self {
         let answer = answer.into();
+        Self::scripted(move |_, _| answer.clone()).await
+    }
+
+    /// Answers by what `script` makes of how many requests there were before, and of the request.
+    pub async fn scripted<A: Into<Bytes>>(script: impl Fn(usize, &Message) -> A + Send + Sync + 'static) -> Self {
+        Self::begin(Arc::new(move |before, request| script(before, request).into()), true).await
+    }
+
+    /// As [`answering`](Self::answering), for so many requests that none of them can be kept: they are counted.
+    pub async fn counting(answer: impl Into<Bytes>) -> Self {
+        let answer = answer.into();
+        Self::begin(Arc::new(move |_, _| answer.clone()), false).await
+    }
+
+    async fn begin(script: Script, keeps: bool) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let requests = Arc::new(Mutex::new(Vec::new()));
         let mut tasks = JoinSet::new();
-        let kept = Arc::clone(&requests);
+        let count = Arc::new(AtomicUsize::new(0));
+        let serving = Serving { script, kept: keeps.then(|| Arc::clone(&requests)), count: Arc::clone(&count) };
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 stream.set_nodelay(true).unwrap();
-                connections.spawn(Self::serve(Wire::new(stream), answer.clone(), Arc::clone(&kept)));
+                connections.spawn(Self::serve(Wire::new(stream), serving.clone()));
             }
         });
-        Self { address, requests, _tasks: tasks }
+        Self { address, requests, count, _tasks: tasks }
     }
 
-    async fn serve(mut wire: Wire, answer: Bytes, kept: Arc<Mutex<Vec<Recorded>>>) {
+    async fn serve(mut wire: Wire, Serving { script, kept, count }: Serving) {
+        let keep = |recorded| {
+            if let Some(kept) = &kept {
+                kept.lock().push(recorded);
+            }
+        };
         while wire.another().await {
             // The strict reader panics, which a task of its own keeps from ending this one.
             let mut reading = JoinSet::new();
@@ -121,10 +155,12 @@ impl Recorder {
                 let request = wire.request().await;
                 (wire, request)
             });
-            match reading.join_next().await.unwrap() {
+            let answer = match reading.join_next().await.unwrap() {
                 Ok((read, request)) => {
                     wire = read;
-                    kept.lock().push(Recorded::Request(request));
+                    let answer = script(count.fetch_add(1, Ordering::Relaxed), &request);
+                    keep(Recorded::Request(request));
+                    answer
                 }
                 Err(panic) => {
                     let why = match panic.into_panic().downcast::<String>() {
@@ -132,10 +168,10 @@ impl Recorder {
                         Err(_) => "unreadable".to_owned(),
                     };
                     let cut = ["the connection ended", "no reset"].iter().any(|ended| why.contains(ended));
-                    kept.lock().push(if cut { Recorded::Cut } else { Recorded::Ambiguous(why) });
+                    keep(if cut { Recorded::Cut } else { Recorded::Ambiguous(why) });
                     return;
                 }
-            }
+            };
             if wire.try_send(&answer).await.is_err() {
                 return;
             }
@@ -157,6 +193,11 @@ impl Recorder {
                 Recorded::Ambiguous(why) => panic!("an ambiguous request went upstream: {why}"),
             })
             .collect()
+    }
+
+    /// How much it was asked so far.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::Relaxed)
     }
 
     /// The only request that it was asked.

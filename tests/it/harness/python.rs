@@ -1,4 +1,4 @@
-//! Real FastAPI applications under uvicorn, in the environment that `scripts/setup test` makes.
+//! Real FastAPI applications under uvicorn, and Flask ones under its own server, in the environment that `scripts/setup test` makes.
 
 use std::{
     net::SocketAddr,
@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use super::{Message, Wire, within};
 
-/// A uvicorn that serves one of the applications of `tests/backends`. Dropped, it is killed.
+/// A server of one of the applications of `tests/backends`. Dropped, it is killed.
 pub struct Fastapi {
     child: Child,
     address: SocketAddr,
@@ -27,14 +27,25 @@ impl Fastapi {
 
     /// `tests/backends/{app}/app.py` on `port`, or on one that the system chooses if that is 0.
     pub async fn app(app: &str, port: u16, environment: &[(&str, &str)]) -> Self {
+        let port = port.to_string();
+        let uvicorn = ["uvicorn", "app:app", "--host", "127.0.0.1", "--no-use-colors", "--port", &port];
+        Self::run(app, &uvicorn, environment).await
+    }
+
+    /// The same of an application that is Flask's.
+    pub async fn flask(app: &str, environment: &[(&str, &str)]) -> Self {
+        Self::run(app, &["flask", "--app", "app", "run", "--host", "127.0.0.1", "--port", "0"], environment).await
+    }
+
+    /// Runs this module in the folder of `app`.
+    async fn run(app: &str, module: &[&str], environment: &[(&str, &str)]) -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let python = root.join(".venv/bin/python");
         assert!(python.exists(), "no Python environment: run scripts/setup test");
         let mut child = Command::new(python)
-            .args(["-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--no-use-colors"])
-            .args(["--port", &port.to_string()])
-            .arg("--app-dir")
-            .arg(root.join("tests/backends").join(app))
+            .arg("-m")
+            .args(module)
+            .current_dir(root.join("tests/backends").join(app))
             .env("PYTHONDONTWRITEBYTECODE", "1")
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
@@ -45,17 +56,17 @@ impl Fastapi {
         let log = BufReader::new(child.stderr.take().unwrap());
         let (found, mut address) = mpsc::unbounded_channel();
         let mut backend = Self { child, address: ([127, 0, 0, 1], 0).into() };
-        // Reads to the end, so that uvicorn never waits for a full pipe; libtest shows it where the test failed.
+        // Reads to the end, so that the server never waits for a full pipe; libtest shows it where the test failed.
         thread::spawn(move || {
             for line in log.lines().map_while(Result::ok) {
-                if let Some((_, rest)) = line.split_once("Uvicorn running on http://") {
+                if let Some((_, rest)) = line.split_once("unning on http://") {
                     found.send(rest.split(' ').next().unwrap().parse().unwrap()).ok();
                 } else {
-                    eprintln!("uvicorn: {line}");
+                    eprintln!("python: {line}");
                 }
             }
         });
-        backend.address = within("uvicorn", address.recv()).await.expect("uvicorn starts (its output is above)");
+        backend.address = within("the application", address.recv()).await.expect("it starts (its output is above)");
         backend
     }
 

@@ -213,10 +213,12 @@ fn note(seen: &Shared, outcome: io::Result<()>) -> bool {
 
 async fn frames(address: Rc<str>, streams: u32, interval: Duration, seconds: u32, seen: Shared) {
     let events = u64::from(seconds) * 1_000_000 / u64::try_from(interval.as_micros()).unwrap_or(1).max(1);
-    let target: Rc<str> = format!("/sse?n={events}&interval_us={}", interval.as_micros()).into();
+    // Each another one, so that a cache has no use for one of them in place of the others.
+    let (run, interval_us) = (monotonic_ns(), interval.as_micros());
     let tasks: Vec<_> = (0..streams)
         .map(|i| {
-            let (address, target, seen) = (address.clone(), target.clone(), seen.clone());
+            let (address, seen) = (address.clone(), seen.clone());
+            let target = format!("/sse?n={events}&interval_us={interval_us}&stream={run}-{i}");
             spawn_local(async move {
                 // tokio's timer ticks each millisecond, so a few streams share a tick, as they do in any server.
                 sleep(interval * i / streams).await;

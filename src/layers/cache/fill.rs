@@ -1,0 +1,465 @@
+//! Asking the upstream, for one or for many, and what becomes of its answer.
+
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
+    header::{AGE, AUTHORIZATION, CONTENT_TYPE, SET_COOKIE},
+    request, response,
+};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+use tower::Service;
+
+use super::{
+    canonical::When,
+    directives,
+    freshness::{self, Life, Rules, Verdict, Why},
+    hub,
+    kept::{Asking, Place},
+    key::Key,
+    recording::{Lost, Reader, Recording, Whole},
+    shared::{Shared, Sought},
+    status::CacheStatus,
+    stored::{Basis, Stored},
+    validate::{self, Evaluation},
+    vary::{self, Names},
+};
+use crate::{
+    message::{Body, BoxError, Error, Fault, Kind, Request, Response},
+    sse::{self, Completion, Terminal},
+    telemetry::{Exchange, metrics::CacheMetrics},
+};
+
+/// What became of the question, for each who asked.
+#[derive(Clone)]
+pub(super) enum Outcome {
+    /// All read along.
+    Coming(Arc<Coming>),
+    /// The upstream says that the stored answer still holds.
+    Renewed(Arc<Renewed>),
+    /// Another replica has it. Whether it is fresh enough is for each to say.
+    Shared(Arc<Stored>, Key),
+    /// It is for the one who asked first.
+    Alone(Arc<Mutex<Option<Response>>>, &'static str),
+    /// There is none. The one who asked first gets the error, the others one like it.
+    Failed { first: Arc<Mutex<Option<BoxError>>>, kind: Kind, retry_after: Option<Duration> },
+    /// The upstream has failed. A stored answer may stand in, for those who take it; the others get this.
+    StaleIfError(Arc<Failure>, Box<Outcome>),
+}
+
+/// A stored answer that still holds.
+pub(super) struct Renewed {
+    pub(super) stored: Arc<Stored>,
+    pub(super) key: Key,
+    /// Whether it is for others than the one who asked first.
+    pub(super) is_shared: bool,
+    /// What the 304 sets, for the one who asked first.
+    pub(super) cookies: Vec<HeaderValue>,
+}
+
+/// A failure that a stored answer may stand in for.
+pub(super) struct Failure {
+    pub(super) stale: Arc<Stored>,
+    pub(super) key: Key,
+    /// What the upstream answered, if it did.
+    pub(super) status: Option<StatusCode>,
+}
+
+/// An answer of which the head is there.
+pub(super) struct Coming {
+    pub(super) status: StatusCode,
+    /// As it came.
+    pub(super) headers: HeaderMap,
+    pub(super) version: http::Version,
+    /// What layers inside have to say to those outside: a deadline.
+    pub(super) extensions: http::Extensions,
+    pub(super) recording: Arc<Recording>,
+    /// The fields of a request that it depends on.
+    pub(super) vary: Vec<HeaderName>,
+    /// Its own, with these.
+    pub(super) key: Key,
+    pub(super) life: Life,
+    /// Why it is not stored, if so.
+    pub(super) detail: Option<&'static str>,
+    /// Whether its length is known.
+    pub(super) is_short: bool,
+    /// Whether it will be stored, if it comes to its end.
+    pub(super) is_kept: bool,
+}
+
+/// What is to be known for that.
+pub(super) struct Job {
+    /// The request, as far as the answer's life depends on it.
+    pub(super) head: request::Parts,
+    /// The key before `Vary`.
+    pub(super) primary: Key,
+    /// What there is, and is too old; under this key.
+    pub(super) stale: Option<Arc<Stored>>,
+    pub(super) key: Key,
+    /// What the one who asked first asks for.
+    pub(super) asked: directives::Request,
+    /// What the answer rests on.
+    pub(super) basis: Basis,
+    pub(super) terms: Arc<Terms>,
+}
+
+/// What holds for all answers of a route.
+#[derive(Debug)]
+pub(super) struct Terms {
+    pub(super) rules: Rules,
+    pub(super) max_body: usize,
+    pub(super) record_streams: bool,
+    pub(super) terminal: Option<Arc<Terminal>>,
+    /// Whether answers that call tools are kept.
+    pub(super) tools: bool,
+    pub(super) when: When,
+    /// How soon something has to become stale for it to be asked for anew before.
+    pub(super) refresh: Option<Duration>,
+    pub(super) shared: Option<Shared>,
+    pub(super) metrics: CacheMetrics,
+}
+
+impl Job {
+    /// Whether another replica's answer does instead of asking.
+    fn is_enough(&self, found: &Stored, now: SystemTime) -> bool {
+        let verdict = found.life.verdict(&self.asked, now);
+        if self.stale.is_none() {
+            return verdict != Verdict::Validate;
+        }
+        // There is one already that is stale, or will be soon.
+        let lasts = |soon: Duration| found.life.remaining(now) >= i64::try_from(soon.as_secs()).unwrap_or(i64::MAX);
+        verdict == Verdict::Fresh && self.terms.refresh.is_none_or(lasts)
+    }
+}
+
+/// Looks in Redis for the answer to `request`, where the route uses it, and asks `inner` where it is not there.
+pub(super) async fn ask<S>(inner: S, mut request: Request, mut job: Job, place: Place) -> Outcome
+where
+    S: Service<Request, Response = Response, Error: Into<BoxError>>,
+{
+    job.basis = Basis::new(place.number, None, hub::clock());
+    if let Some(shared) = &job.terms.shared {
+        let sought = Sought {
+            primary: job.primary,
+            key: job.key,
+            headers: &job.head.headers,
+            names: &place.names,
+            number: place.number,
+            exchange: job.head.extensions.get(),
+        };
+        let looked = shared.look(sought).await;
+        job.basis = looked.basis;
+        if let Some(names) = looked.varies {
+            place.kept.put_names(job.primary, &names, true);
+        }
+        let is_newer =
+            |found: &Stored| job.stale.as_ref().is_none_or(|stale| found.life.received() > stale.life.received());
+        if let Some((key, found)) = looked.found.filter(|(_, found)| is_newer(found)) {
+            let found: Arc<Stored> = found.into();
+            place.also(key);
+            place.kept.put(key, found.clone());
+            if job.is_enough(&found, SystemTime::now()) {
+                return Outcome::Shared(found, key);
+            }
+            // Another method would do something else on a condition (RFC 9110 §13.1.2).
+            if job.head.method == Method::GET {
+                validate::conditions(&mut job.head.headers, &found.headers);
+            }
+            request.headers_mut().clone_from(&job.head.headers);
+            (job.stale, job.key) = (Some(found), key);
+        }
+    }
+    upstream(inner, request, job, place).await
+}
+
+/// Asks `inner` for the answer to `request`.
+async fn upstream<S>(mut inner: S, request: Request, job: Job, place: Place) -> Outcome
+where
+    S: Service<Request, Response = Response, Error: Into<BoxError>>,
+{
+    let (requested, begun) = (SystemTime::now(), Instant::now());
+    let answer = inner.call(request).await;
+    let received = SystemTime::now();
+    let failure = |status: Option<StatusCode>| {
+        let stale = job.stale.clone()?;
+        Some(Arc::new(Failure { stale, key: job.key, status }))
+    };
+    let response = match answer.map_err(Into::into) {
+        Ok(response) => response,
+        Err(error) => {
+            let found = Error::find(&*error);
+            let (kind, retry_after) = (found.map_or(Kind::Internal, Error::kind), found.and_then(Error::retry_after));
+            let failed = Outcome::Failed { first: Arc::new(Mutex::new(Some(error))), kind, retry_after };
+            return match failure(None).filter(|_| kind.fault() != Fault::Client) {
+                Some(failure) => Outcome::StaleIfError(failure, Box::new(failed)),
+                None => failed,
+            };
+        }
+    };
+    if let Some(stale) = job.stale.as_ref().filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
+        if !validate::selects(&stale.headers, response.headers()) {
+            // About another answer than ours (§4.3.4): this one is asked for without a condition.
+            let mut head = job.head.clone();
+            validate::conditions(&mut head.headers, &HeaderMap::new());
+            let again = Request::from_parts(head, Body::empty());
+            return Box::pin(upstream(inner, again, Job { stale: None, ..job }, place)).await;
+        }
+        return renewed(stale, response.headers(), &job, &place, (requested, received));
+    }
+    let failure = failure(Some(response.status())).filter(|_| is_failure(response.status()));
+    let (parts, body) = response.into_parts();
+    let outcome = match storable(&parts, &body, &job, (requested, received)) {
+        Ok(life) => coming(parts, body, Ok(life), job, place, begun),
+        // Those who wait have asked an upstream that fails: let it rest. Unless this is for one of them alone.
+        Err(why) if is_failure(parts.status) && is_for_all(&parts, &job) => {
+            coming(parts, body, Err(why), job, place, begun)
+        }
+        Err(why) => {
+            if says_it_of_all(&parts, why, &job, received) {
+                place.kept.put_pass(place.key());
+            }
+            Outcome::Alone(Arc::new(Mutex::new(Some(Response::from_parts(parts, body)))), why)
+        }
+    };
+    match failure {
+        Some(failure) => Outcome::StaleIfError(failure, Box::new(outcome)),
+        None => outcome,
+    }
+}
+
+/// Whether nothing in an answer that is not kept says that it is for one alone.
+fn is_for_all(parts: &response::Parts, job: &Job) -> bool {
+    let said = directives::Response::of(&parts.headers);
+    let shows_none = job.terms.rules.keyed_by_credential || !job.head.headers.contains_key(AUTHORIZATION);
+    let is_own = said.no_store || said.private.is_some() || parts.headers.contains_key(SET_COOKIE);
+    shows_none && !is_own && !vary::is_star(&parts.headers)
+}
+
+/// Whether an answer says that the upstream failed (RFC 5861 §4).
+fn is_failure(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 500 | 502..=504)
+}
+
+/// Whether no answer to this question can be kept: what is wrong with this one lies neither in the request, which others
+/// need not be like, nor in the moment. It takes the place of nothing that is still fresh.
+fn says_it_of_all(parts: &response::Parts, why: &str, job: &Job, now: SystemTime) -> bool {
+    let of_others = [Why::RequestNoStore, Why::Authorization, Why::Method, Why::Stale];
+    let is_of_request = of_others.iter().any(|of| of.word() == why);
+    let is_of_target = parts.status.is_success()
+        || parts.status.is_redirection()
+        || matches!(parts.status.as_u16(), 404 | 405 | 410 | 414);
+    let is_fresh = job.stale.as_ref().is_some_and(|stored| stored.life.remaining(now) > 0);
+    is_of_target && !is_of_request && !is_fresh && !stepped_in(&job.head)
+}
+
+/// How long an answer may be used; or why it is not kept.
+fn storable(
+    parts: &response::Parts,
+    body: &Body,
+    job: &Job,
+    (requested, received): (SystemTime, SystemTime),
+) -> Result<Life, &'static str> {
+    let life = freshness::life(&job.head, parts, &job.terms.rules, requested, received).map_err(Why::word)?;
+    if body.size_hint().lower() > job.terms.max_body as u64 {
+        return Err("too-large");
+    }
+    Ok(life)
+}
+
+/// Whether another upstream than the route's own has answered: no answer for when that is well again.
+fn stepped_in(head: &request::Parts) -> bool {
+    head.extensions.get::<Exchange>().is_some_and(|exchange| exchange.facts().fallback)
+}
+
+/// A stored answer, with what a 304 says of it (§4.3.4).
+fn renewed(
+    stale: &Arc<Stored>,
+    of_304: &HeaderMap,
+    job: &Job,
+    place: &Place,
+    (requested, received): (SystemTime, SystemTime),
+) -> Outcome {
+    let mut headers = stale.headers.clone();
+    validate::merge(&mut headers, of_304);
+    let (mut parts, ()) = http::Response::new(()).into_parts();
+    (parts.status, parts.headers) = (stale.status, headers);
+    let life = freshness::life(&job.head, &parts, &job.terms.rules, requested, received);
+    let of_both = *life.as_ref().unwrap_or(&stale.life);
+    let stored = Arc::new(stale.with(&parts.headers, of_both, job.basis.clone()));
+    // What depends on other fields than before stands under a key that is no longer its own.
+    let vary = vary::names(&stored.headers);
+    let is_shared = life.is_ok() && vary == vary::names(&stale.headers);
+    if is_shared {
+        place.kept.put(job.key, stored.clone());
+        if let (Some(shared), Names::Fields(vary)) = (&job.terms.shared, vary) {
+            shared.put(job.primary, job.key, vary, stored.clone());
+        }
+    } else {
+        // It holds for the one who asked, and must not be kept any longer.
+        place.kept.remove(&job.key);
+        if let Some(shared) = &job.terms.shared {
+            shared.remove(job.key);
+        }
+    }
+    let cookies = of_304.get_all(SET_COOKIE).iter().cloned().collect();
+    Outcome::Renewed(Arc::new(Renewed { stored, key: job.key, is_shared, cookies }))
+}
+
+/// Whether it is made while it comes: an event stream, or JSON in lines.
+fn is_stream(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
+    sse::is_event_stream(headers) || kind.to_ascii_lowercase().starts_with(b"application/x-ndjson")
+}
+
+/// An answer that all may have who asked for it, and that is kept when it is whole, if it may be used for any time.
+fn coming(
+    parts: response::Parts,
+    body: Body,
+    life: Result<Life, &'static str>,
+    job: Job,
+    place: Place,
+    begun: Instant,
+) -> Outcome {
+    let (is_storable, detail) = (life.is_ok(), life.err());
+    let life = life.unwrap_or_else(|_| Life::none(SystemTime::now()));
+    // From now on not everybody may join.
+    place.life.get_or_init(|| life);
+    let vary = match vary::names(&parts.headers) {
+        Names::Fields(names) => names,
+        Names::Star => Vec::new(),
+    };
+    let mut key = job.primary;
+    if !vary.is_empty() {
+        key = job.primary.with_vary(&vary, &job.head.headers);
+    }
+    place.also(key);
+    let response::Parts { status, headers, version, extensions, .. } = parts;
+    let is_stream = is_stream(&headers);
+    let stored = (status, validate::storable_headers(&headers, life.received()));
+    let took = begun.elapsed();
+    let is_post = job.head.method == Method::POST;
+    // What another upstream than the route's own has said is no answer for when that is well again.
+    let stepped_in = stepped_in(&job.head);
+    let Job { primary, terms, basis, .. } = job;
+    let (max_body, depends) = (terms.max_body, vary.clone());
+    // What was paid for by the token is not kept where it was cut short.
+    let completes = is_stream || is_post;
+    let terminal = terms.terminal.clone().filter(|_| is_stream);
+    let completion = if completes { Completion::of(&headers, terminal, terms.tools) } else { None };
+    // Inside of a content coding nobody can see whether a stream has come to its end.
+    let is_kept = is_storable && !stepped_in && (!is_stream || terms.record_streams && completion.is_some());
+    let kept = place.kept.clone();
+    if is_kept && !vary.is_empty() {
+        kept.put_names(primary, &vary, false);
+    }
+    let end = move |whole: Result<Whole, Lost>| {
+        let whole = match whole {
+            Ok(whole) => whole,
+            Err(Lost::TooLarge) if is_kept => return place.kept.put_pass(key),
+            Err(Lost::TooLarge | Lost::Broken | Lost::Incomplete) => return,
+        };
+        if !is_kept || !terms.when.is_empty() && terms.when.pass(&whole.body).is_err() {
+            return;
+        }
+        let stored = Stored::new(stored, whole, is_stream, life, place.names.clone(), basis, took);
+        let stored = Arc::new(stored);
+        terms.metrics.stored.inc();
+        if !depends.is_empty() {
+            place.kept.put_names(primary, &depends, true);
+        }
+        if let Some(shared) = &terms.shared {
+            shared.put(primary, key, depends, stored.clone());
+        }
+        place.kept.put(key, stored);
+    };
+    let is_short = body.size_hint().exact().is_some();
+    let recording = Recording::new(body, max_body, kept.budget.clone(), completion, end);
+    Outcome::Coming(Arc::new(Coming {
+        status,
+        headers,
+        version,
+        extensions,
+        recording,
+        vary,
+        key,
+        life,
+        detail,
+        is_short,
+        is_kept,
+    }))
+}
+
+impl Coming {
+    /// Whether the client has it already: then it gets a 304 (RFC 9110 §13.2.2).
+    pub(super) fn is_known(&self, head: &request::Parts) -> bool {
+        let evaluation = validate::evaluate(&head.method, &head.headers, self.status, &self.headers);
+        evaluation == Evaluation::NotModified
+    }
+
+    /// The answer for one more who asked; `None` where its beginning is gone.
+    pub(super) fn response(&self, asking: Asking, status: CacheStatus) -> Option<Response> {
+        let reader = self.recording.reader()?;
+        let mut response = Response::new(Body::new(Along { reader, _asking: asking }));
+        *response.status_mut() = self.status;
+        *response.version_mut() = self.version;
+        *response.extensions_mut() = self.extensions.clone();
+        *response.headers_mut() = if status.collapsed { self.shared_headers() } else { self.headers.clone() };
+        self.tell(status, &mut response);
+        Some(response)
+    }
+
+    /// That the client has it already.
+    pub(super) fn not_modified(&self, status: CacheStatus) -> Response {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        *response.headers_mut() = validate::headers_of_304(&self.headers);
+        self.tell(status, &mut response);
+        response
+    }
+
+    /// What is for more than the one who asked first: what would be stored, for it is given as if it were.
+    fn shared_headers(&self) -> HeaderMap {
+        let mut headers = validate::storable_headers(&self.headers, self.life.received());
+        headers.insert(AGE, HeaderValue::from(self.life.age(SystemTime::now()).as_secs()));
+        headers
+    }
+
+    fn tell(&self, status: CacheStatus, response: &mut Response) {
+        let ttl = Some(self.life.remaining(SystemTime::now()));
+        let detail = self.detail.or(status.detail);
+        let ttl = ttl.filter(|_| self.detail.is_none());
+        CacheStatus { ttl, fwd_status: Some(self.status), stored: self.is_kept, detail, ..status }
+            .append(response.headers_mut());
+    }
+}
+
+/// The body of one who reads along. As long as there is one, others find the answer.
+struct Along {
+    reader: Reader,
+    _asking: Asking,
+}
+
+impl HttpBody for Along {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Pin::new(&mut self.reader).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.reader.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.reader.size_hint()
+    }
+}

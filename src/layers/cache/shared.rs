@@ -1,0 +1,360 @@
+//! The second level: answers in Redis, for all replicas, behind those in memory.
+//!
+//! It is asked once for all who want an answer that this replica does not have, before the upstream is, within the
+//! deadline of the store and not at all while that is out of order. Answers are written behind the requests that brought
+//! them: nobody waits for that. Each is compressed where it is large, and left out where it is larger than that.
+//!
+//! What is found may have been purged since it was asked for: see [`marks`](super::marks). The same marks say of an answer in
+//! memory whether it still holds, where this replica may have missed a purge: after a time without the others it is held
+//! against them once, and while that lasts once a second. Where Redis is out of order altogether, memory goes on alone.
+//!
+//! Answers of different settings are none of each other's business: a hash of what they depend on is part of the key.
+
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderName};
+use ring::digest::{SHA256, digest};
+use tokio::{task::spawn_blocking, time::timeout};
+
+use super::{
+    config::{self, Config},
+    encoding::{self, Record},
+    hub::{Hub, clock},
+    key::Key,
+    marks::{self, Changed, Marks},
+    purge::{Names, Standing},
+    stored::{Basis, Stored},
+};
+use crate::{
+    store::{self, Failure, Redis},
+    telemetry::{
+        Exchange,
+        metrics::{CacheInRedis as InRedis, CacheMetrics},
+    },
+};
+
+/// How long an answer in memory is used without another look, while this replica does not hear of purges.
+const SHORT: u64 = 1000;
+/// For how long one looks for all.
+const LOOKING: u64 = 250;
+/// The least that is remembered what an answer varies by: as long as one variant lives, others want to be found.
+const VARIES: Duration = Duration::from_secs(3600);
+/// What takes longer than a few hundred microseconds to compress or decompress, in bytes.
+const LONG: usize = 64 << 10;
+
+/// The answers of a route in Redis.
+#[derive(Clone)]
+pub(super) struct Shared {
+    hub: Arc<Hub>,
+    of: Arc<Of>,
+}
+
+/// What is the same for all of them.
+struct Of {
+    route: String,
+    /// What the answers depend on beside what is asked.
+    settings: [u8; 32],
+    max_body: usize,
+    compress_above: usize,
+    metrics: CacheMetrics,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("route", &self.of.route).finish_non_exhaustive()
+    }
+}
+
+/// What Redis says.
+#[derive(Default)]
+pub(super) struct Looked {
+    /// What an answer rests on that is asked for now.
+    pub(super) basis: Basis,
+    /// What there is, and under which key.
+    pub(super) found: Option<(Key, Box<Stored>)>,
+    /// What it varies by, where that was not known.
+    pub(super) varies: Option<Vec<HeaderName>>,
+}
+
+/// What is looked for.
+#[derive(Clone, Copy)]
+pub(super) struct Sought<'a> {
+    pub(super) primary: Key,
+    /// That of the variant, as far as it is known.
+    pub(super) key: Key,
+    pub(super) headers: &'a HeaderMap,
+    pub(super) names: &'a Arc<Names>,
+    /// The last purge that this replica knew of before.
+    pub(super) number: u64,
+    pub(super) exchange: Option<&'a Exchange>,
+}
+
+/// Whether an answer in memory still holds.
+#[derive(Debug)]
+pub(super) enum Holds {
+    Yes,
+    /// It was purged.
+    To(Standing, Arc<Marks>),
+    /// Nobody knows: Redis was not asked before its upstream was.
+    Unknown,
+}
+
+impl Shared {
+    pub(super) fn new(
+        hub: Arc<Hub>,
+        (route, upstream): (&str, &str),
+        config: &Config,
+        own: &config::InRedis,
+        metrics: CacheMetrics,
+    ) -> Self {
+        let of = Of {
+            route: route.to_owned(),
+            settings: settings(upstream, config),
+            max_body: own.max_body.to_usize(),
+            compress_above: own.compress_above.to_usize(),
+            metrics,
+        };
+        Self { hub, of: Arc::new(of) }
+    }
+
+    /// Looks for an answer, within the deadline of the store.
+    pub(super) async fn look(&self, sought: Sought<'_>) -> Looked {
+        let at = clock();
+        let none = || Looked { basis: Basis::new(sought.number, None, at), ..Looked::default() };
+        let unanswered = sought.exchange.is_some_and(|exchange| exchange.facts().store_unanswered);
+        if unanswered {
+            self.of.metrics.in_redis(InRedis::Failed);
+            return none();
+        }
+        let calls = async {
+            // What is purged here, and not yet there, must not come back from there.
+            self.hub.told(sought.names).await?;
+            self.find(sought, at).await
+        };
+        let found = self.within(sought.exchange, calls).await;
+        self.of.metrics.in_redis(match &found {
+            Ok(Looked { found: Some(_), .. }) => InRedis::Hit,
+            Ok(_) => InRedis::Miss,
+            Err(_) => InRedis::Failed,
+        });
+        found.unwrap_or_else(|_| none())
+    }
+
+    /// All calls together within the deadline of one, and noted where they are not.
+    async fn within<T>(
+        &self,
+        exchange: Option<&Exchange>,
+        calls: impl Future<Output = Result<T, Failure>>,
+    ) -> Result<T, Failure> {
+        let answer = timeout(self.hub.redis.deadline(), calls).await.unwrap_or(Err(Failure::Timeout));
+        if let (Some(exchange), Some(Failure::Timeout)) = (exchange, answer.as_ref().err()) {
+            exchange.facts().store_unanswered = true;
+        }
+        answer
+    }
+
+    async fn find(&self, sought: Sought<'_>, at: u64) -> Result<Looked, Failure> {
+        let Sought { primary, headers, names, number, .. } = sought;
+        let mut key = sought.key;
+        let (value, now) = self.value_and_marks(&key, names).await?;
+        let now = Arc::new(now);
+        let mut record = self.decode(&key, value).await;
+        let mut varies = None;
+        if let Some(Record::Varies(names)) = &record
+            && key == primary
+        {
+            key = primary.with_vary(names, headers);
+            varies = Some(names.clone());
+            record = self.decode(&key, self.hub.redis.get(&self.of.name(&key, &self.hub.redis)).await?).await;
+        }
+        let basis = Basis::new(number, Some(now.clone()), at);
+        let Some(Record::Answer(mut stored)) = record else { return Ok(Looked { basis, found: None, varies }) };
+        // Another query may have brought it, of which not all counts.
+        let now = if stored.names == *names { now } else { Arc::new(self.marks(&stored.names).await?) };
+        let own = stored.basis.marks.take().unwrap_or_default();
+        let standing = self.standing(&own, &now, &stored.names).await?;
+        let time = SystemTime::now();
+        if standing == Standing::Soft {
+            stored.life.expire(time);
+        }
+        stored.basis = Basis::new(number, Some(now), at);
+        let is_left = standing != Standing::Gone && stored.life.keep_until() > time;
+        Ok(Looked { basis, found: is_left.then_some((key, stored)), varies })
+    }
+
+    async fn decode(&self, key: &Key, value: Option<Vec<u8>>) -> Option<Record> {
+        let (key, value, most) = (self.of.key(key), value?, self.of.max_body);
+        if value.len() < LONG {
+            return encoding::decode(&key, value, most);
+        }
+        spawn_blocking(move || encoding::decode(&key, value, most)).await.ok().flatten()
+    }
+
+    /// What is left of what has these marks, where there are others `now`.
+    async fn standing(&self, own: &Marks, now: &Marks, names: &Names) -> Result<Standing, Failure> {
+        Ok(match own.changed(now) {
+            Changed::To(standing) => standing,
+            Changed::Globs(standing) => {
+                let globs = self.hub.globs(now.glob()).await?;
+                standing.max(marks::after_globs(&globs, own.glob(), &names.path))
+            }
+        })
+    }
+
+    async fn marks(&self, names: &Names) -> Result<Marks, Failure> {
+        let places: Vec<_> = marks::places(names).iter().map(|place| self.hub.mark(place)).collect();
+        self.hub.redis.get_all(&places).await.map(Marks::of)
+    }
+
+    /// Both at once. In one call, where it need not be one of two nodes.
+    async fn value_and_marks(&self, key: &Key, names: &Names) -> Result<(Option<Vec<u8>>, Marks), Failure> {
+        let redis = &self.hub.redis;
+        let name = self.of.name(key, redis);
+        if redis.is_cluster() {
+            return tokio::try_join!(redis.get(&name), self.marks(names));
+        }
+        let mut all = vec![name];
+        all.extend(marks::places(names).iter().map(|place| self.hub.mark(place)));
+        let mut found = redis.get_all(&all).await?.into_iter();
+        Ok((found.next().flatten(), Marks::of(found)))
+    }
+
+    /// Whether an answer in memory may be used without another look.
+    pub(super) fn is_known(&self, stored: &Stored) -> bool {
+        let seen = stored.basis.seen.load(Ordering::Relaxed);
+        let ago = |at: u64| clock().saturating_sub(at);
+        let is_known = match self.hub.hears_since() {
+            Some(since) => seen >= since,
+            None => ago(seen) <= SHORT,
+        };
+        // Where Redis is out of order nobody knows any better; and one looks for all.
+        is_known || !self.hub.redis.is_up() || ago(stored.basis.looked.load(Ordering::Relaxed)) <= LOOKING
+    }
+
+    /// Holds an answer in memory against what Redis knows of purges.
+    pub(super) async fn check(&self, stored: &Stored, exchange: Option<&Exchange>) -> Holds {
+        let Some(own) = &stored.basis.marks else { return Holds::Unknown };
+        if exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
+            return Holds::Yes;
+        }
+        let at = clock();
+        stored.basis.looked.store(at, Ordering::Relaxed);
+        let calls = async {
+            let now = self.marks(&stored.names).await?;
+            Ok((self.standing(own, &now, &stored.names).await?, now))
+        };
+        match self.within(exchange, calls).await {
+            Ok((Standing::Valid, _)) => {
+                stored.basis.seen.fetch_max(at, Ordering::Relaxed);
+                Holds::Yes
+            }
+            Ok((standing, now)) => Holds::To(standing, Arc::new(now)),
+            // It was there a moment ago. Nobody is failed for it, and who comes in a quarter of a second tries again.
+            Err(_) => Holds::Yes,
+        }
+    }
+
+    /// Leaves an answer to be taken out.
+    pub(super) fn remove(&self, key: Key) {
+        self.write(key, None);
+    }
+
+    fn write(&self, key: Key, what: Option<Varying>) {
+        if !self.hub.write(Write { of: self.of.clone(), key, what, hub: Arc::downgrade(&self.hub) }) {
+            self.of.metrics.in_redis(InRedis::Dropped);
+        }
+    }
+
+    /// Leaves an answer to be written, and what it varies by.
+    pub(super) fn put(&self, primary: Key, key: Key, vary: Vec<HeaderName>, stored: Arc<Stored>) {
+        // Without marks nobody would know of a purge.
+        if stored.basis.marks.is_none() || stored.body.len() > self.of.max_body {
+            return;
+        }
+        self.write(key, Some((stored, (primary != key).then_some((primary, vary)))));
+    }
+}
+
+impl Of {
+    /// As it stands in the value.
+    fn key(&self, key: &Key) -> Key {
+        key.within(&self.settings)
+    }
+
+    /// The name in Redis. In a cluster each is anywhere, so that a route is not all on one node.
+    fn name(&self, key: &Key, redis: &Redis) -> store::Key {
+        redis.key("cache", &self.key(key).hex(), &self.route)
+    }
+}
+
+/// A hash of all settings that make a difference to what an answer is, or to whom it is given, and of whose it is.
+fn settings(upstream: &str, config: &Config) -> [u8; 32] {
+    let default = Config::default();
+    let of_answers = Config {
+        max_request_body: default.max_request_body,
+        refresh: default.refresh,
+        client_cache_control: default.client_cache_control,
+        replay: default.replay,
+        speed: default.speed,
+        max_body: default.max_body,
+        max_bytes: default.max_bytes,
+        max_entries: default.max_entries,
+        coalesce_timeout: default.coalesce_timeout,
+        finish_fill: default.finish_fill,
+        invalidate: default.invalidate,
+        warm: default.warm,
+        redis: default.redis,
+        ..config.clone()
+    };
+    let text = serde_json::to_vec(&(upstream, of_answers)).unwrap_or_default();
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest(&SHA256, &text).as_ref());
+    hash
+}
+
+/// An answer, and what it varies by, under the key before that.
+type Varying = (Arc<Stored>, Option<(Key, Vec<HeaderName>)>);
+
+/// An answer that is left to be written, with what it varies by, or to be taken out.
+pub(super) struct Write {
+    of: Arc<Of>,
+    key: Key,
+    what: Option<Varying>,
+    hub: std::sync::Weak<Hub>,
+}
+
+impl Write {
+    pub(super) async fn run(self, redis: &Redis) {
+        let Self { of, key, what, hub } = self;
+        let name = of.name(&key, redis);
+        let Some((stored, varies)) = what else {
+            // Without Redis it is not found either, and has an end of its own.
+            redis.delete(&name).await.ok();
+            return;
+        };
+        let left = stored.life.keep_until().duration_since(SystemTime::now()).unwrap_or_default();
+        // A stream may have taken hours, for which marks had to live already.
+        let old = clock().saturating_sub(stored.basis.seen.load(Ordering::Relaxed));
+        let left = left.min(marks::MOST.saturating_sub(Duration::from_millis(old)));
+        let number = stored.basis.number.load(Ordering::Relaxed);
+        let gone = hub.upgrade().is_none_or(|hub| hub.purges.standing(number, &stored.names) == Standing::Gone);
+        let Some(marks) = stored.basis.marks.clone().filter(|_| !left.is_zero() && !gone) else { return };
+        let (within, compress_above) = (of.key(&key), of.compress_above);
+        let long = stored.body.len() > LONG;
+        let encode = move || encoding::answer(&within, &stored, &marks, compress_above);
+        let value = if long { spawn_blocking(encode).await.ok() } else { Some(encode()) };
+        let Some(value) = value else { return };
+        let written = async {
+            if let Some((primary, names)) = varies {
+                let value = encoding::varies(&of.key(&primary), &names);
+                redis.set(&of.name(&primary, redis), &value, left.max(VARIES)).await?;
+            }
+            redis.set(&name, &value, left).await
+        };
+        of.metrics.in_redis(if written.await.is_ok() { InRedis::Stored } else { InRedis::Failed });
+    }
+}

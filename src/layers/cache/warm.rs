@@ -1,0 +1,324 @@
+//! `warm`: answers that are there before anybody asks.
+//!
+//! Each is asked for when the configuration takes effect, from the cache inwards: no client, no credential, no limit of
+//! clients and no access line. It is asked for again before it becomes stale, and where it was dropped. What fails is tried
+//! again with ever longer pauses, and logged.
+
+use std::{fmt, str::FromStr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt};
+use http::{
+    HeaderValue, Method, Request, Uri,
+    header::{HOST, USER_AGENT},
+    uri::{Authority, PathAndQuery, Scheme},
+};
+use http_body::Body as _;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use tokio::{sync::Semaphore, time::sleep};
+use tower::Service;
+use tracing::{info, warn};
+
+use super::{Gate, fill::Outcome, kept::Entry, stored::Stored};
+use crate::{
+    message::{
+        BoxError, Request as Asked, Response,
+        headers::{X_FORWARDED_HOST, X_FORWARDED_PROTO},
+        path::Parameters,
+    },
+    telemetry::Exchange,
+};
+
+/// How many a route may ask for at once.
+const AT_ONCE: usize = 4;
+/// How often it is looked whether an answer is still there: it may have been dropped, or had to give way.
+const LOOK: Duration = Duration::from_secs(5);
+/// The pause after a failure, which doubles, and the longest.
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The shortest time between two requests for the same, however short it is fresh.
+const LEAST: Duration = Duration::from_millis(100);
+
+/// A URL, or a path, that is asked for: `https://api.example.com/tools`, or `/tools?all`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warmed {
+    /// Where clients ask for it, and whether over TLS.
+    origin: Option<(Authority, bool)>,
+    target: PathAndQuery,
+}
+
+impl Warmed {
+    /// Whether it says by what host it is asked for.
+    #[must_use]
+    pub fn has_host(&self) -> bool {
+        self.origin.is_some()
+    }
+
+    /// The head of the request.
+    ///
+    /// # Panics
+    /// Never: what it is made of was checked.
+    #[must_use]
+    pub fn request(&self) -> Request<()> {
+        let mut request = Request::new(());
+        *request.method_mut() = Method::GET;
+        *request.uri_mut() = Uri::from(self.target.clone());
+        let headers = request.headers_mut();
+        headers.insert(USER_AGENT, HeaderValue::from_static(concat!("sidegate/", env!("CARGO_PKG_VERSION"))));
+        if let Some((authority, https)) = &self.origin {
+            // As a client's would come.
+            let host = HeaderValue::from_str(authority.as_str()).expect("an authority is visible ASCII");
+            headers.insert(HOST, host.clone());
+            headers.insert(X_FORWARDED_HOST, host);
+            headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(if *https { "https" } else { "http" }));
+        }
+        request
+    }
+
+    fn https(&self) -> bool {
+        self.origin.as_ref().is_some_and(|(_, https)| *https)
+    }
+}
+
+/// The text is no URL, and no path.
+#[derive(Debug)]
+pub struct NoUrl(String);
+
+impl fmt::Display for NoUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` is neither a path, `/tools?all`, nor a URL, `https://HOST[:PORT]/tools`", self.0)
+    }
+}
+
+impl std::error::Error for NoUrl {}
+
+impl FromStr for Warmed {
+    type Err = NoUrl;
+
+    fn from_str(text: &str) -> Result<Self, NoUrl> {
+        let wrong = || NoUrl(text.to_owned());
+        let uri: Uri = text.parse().map_err(|_| wrong())?;
+        let parts = uri.into_parts();
+        let target = parts.path_and_query.ok_or_else(wrong)?;
+        let origin = match (parts.scheme, parts.authority) {
+            (None, None) => None,
+            (Some(scheme), Some(authority)) if scheme == Scheme::HTTP || scheme == Scheme::HTTPS => {
+                Some((authority, scheme == Scheme::HTTPS))
+            }
+            _ => return Err(wrong()),
+        };
+        let has_user = origin.as_ref().is_some_and(|(authority, _)| authority.as_str().contains('@'));
+        if has_user || text.contains('#') || !target.path().starts_with('/') {
+            return Err(wrong());
+        }
+        Ok(Self { origin, target })
+    }
+}
+
+impl fmt::Display for Warmed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some((authority, https)) = &self.origin {
+            write!(f, "{}://{authority}", if *https { "https" } else { "http" })?;
+        }
+        self.target.fmt(f)
+    }
+}
+
+impl<'de> Deserialize<'de> for Warmed {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        String::deserialize(from)?.parse().map_err(de::Error::custom)
+    }
+}
+
+impl Serialize for Warmed {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl JsonSchema for Warmed {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Warmed".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "pattern": "^(https?://[^/]+)?/[^#]*$" })
+    }
+}
+
+/// Keeps all that is to be warm so, one future for each, for ever. `parameters` are those of a path.
+pub(super) fn keep<S>(
+    gate: &Arc<Gate>,
+    inner: &S,
+    parameters: impl Fn(&str) -> Option<Parameters>,
+) -> Vec<BoxFuture<'static, ()>>
+where
+    S: Service<Asked, Response = Response, Error: Into<BoxError>, Future: Send> + Clone + Send + Sync + 'static,
+{
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    let keep = |warmed: &Warmed| Keeper {
+        gate: gate.clone(),
+        inner: inner.clone(),
+        warmed: warmed.clone(),
+        parameters: parameters(warmed.target.path()),
+        places: places.clone(),
+    };
+    gate.config.warm.iter().map(|warmed| keep(warmed).run().boxed()).collect()
+}
+
+struct Keeper<S> {
+    gate: Arc<Gate>,
+    inner: S,
+    warmed: Warmed,
+    parameters: Option<Parameters>,
+    places: Arc<Semaphore>,
+}
+
+/// How an answer was found.
+enum Found {
+    /// It need not be asked for yet.
+    There,
+    /// It was asked for.
+    Fetched,
+}
+
+impl<S> Keeper<S>
+where
+    S: Service<Asked, Response = Response, Error: Into<BoxError>, Future: Send> + Clone + Send + Sync + 'static,
+{
+    async fn run(self) {
+        let (route, warmed) = (&self.gate.route, &self.warmed);
+        let (mut failures, mut lost) = (0_u32, 0_u32);
+        loop {
+            let wait = match self.look().await {
+                Ok((found, wait)) => {
+                    if failures > 0 {
+                        info!(%route, %warmed, failures, "an answer is warm again");
+                    }
+                    failures = 0;
+                    // What has no room is not asked for again and again.
+                    lost = if matches!(found, Found::There) { 0 } else { lost.saturating_add(1) };
+                    wait.min(LOOK * 2_u32.pow(lost.saturating_sub(1).min(10))).max(LEAST)
+                }
+                Err(error) => {
+                    let wait = PAUSE.1.min(PAUSE.0 * 2_u32.pow(failures.min(10)));
+                    failures = failures.saturating_add(1);
+                    warn!(%route, %warmed, error, retry_seconds = wait.as_secs(), "an answer could not be kept warm");
+                    wait
+                }
+            };
+            sleep(wait).await;
+        }
+    }
+
+    /// Sees that the answer is there, and for how long it need not be asked for.
+    ///
+    /// # Errors
+    /// Why it is not.
+    async fn look(&self) -> Result<(Found, Duration), &'static str> {
+        if let Some(wait) = self.stored().and_then(|stored| self.wait(&stored)) {
+            return Ok((Found::There, wait));
+        }
+        let _place = self.places.acquire().await;
+        self.fetch().await?;
+        let stored = self.stored().ok_or("it is not kept")?;
+        let wait = self.wait(&stored).ok_or("it is stale when it comes")?;
+        Ok((Found::Fetched, wait))
+    }
+
+    fn stored(&self) -> Option<Arc<Stored>> {
+        let question = self.question()?;
+        match self.gate.kept.look(question.primary, None, &question.head.headers).1? {
+            Entry::Answer(stored) => Some(stored),
+            Entry::Varies(_) | Entry::Pass => None,
+        }
+    }
+
+    fn question(&self) -> Option<super::Question> {
+        let mut request = self.warmed.request();
+        let exchange = Exchange::new(&request);
+        exchange.facts().https = self.warmed.https();
+        request.extensions_mut().insert(exchange);
+        if let Some(parameters) = &self.parameters {
+            request.extensions_mut().insert(parameters.clone());
+        }
+        self.gate.question(request.into_parts().0, Bytes::new()).ok()
+    }
+
+    /// How long until it has to be asked for again: `refresh` before it is stale, or the last tenth of its time. `None`
+    /// where that is now.
+    fn wait(&self, stored: &Stored) -> Option<Duration> {
+        let life = &stored.life;
+        let whole = life.left(life.received());
+        let own = self.gate.config.refresh.as_ref().map(|soon| soon.get());
+        let before = own.unwrap_or(whole / 10).min(whole / 2);
+        life.left(std::time::SystemTime::now()).checked_sub(before).filter(|wait| !wait.is_zero())
+    }
+
+    /// Asks for it, or waits for whoever does.
+    async fn fetch(&self) -> Result<(), &'static str> {
+        const FAILED: &str = "the upstream failed";
+        let gate = &self.gate;
+        let question = self.question().ok_or("it has no key")?;
+        let (key, entry) = gate.kept.look(question.primary, None, &question.head.headers);
+        let stale = match entry {
+            Some(Entry::Answer(stored)) => Some(stored),
+            _ => None,
+        };
+        let joined = gate.join(&self.inner, &question, key, stale).map_err(|_| "its tag is too long")?;
+        // None: it has just come.
+        let Some((asking, first)) = joined else { return Ok(()) };
+        if first {
+            gate.metrics.refreshed.inc();
+        }
+        let held = asking.clone();
+        match asking.await {
+            Outcome::Coming(coming) => {
+                let Some(mut reader) = coming.recording.reader().filter(|_| coming.is_kept) else {
+                    return Err(if coming.status.is_success() { "it is not to be kept" } else { FAILED });
+                };
+                drop(coming);
+                let mut frame =
+                    async || std::future::poll_fn(|cx| std::pin::Pin::new(&mut reader).poll_frame(cx)).await;
+                while let Some(read) = frame().await {
+                    read.map_err(|_| "it broke off")?;
+                }
+                drop(held);
+                Ok(())
+            }
+            Outcome::Renewed(_) | Outcome::Shared(..) => Ok(()),
+            Outcome::StaleIfError(..) => Err(FAILED),
+            Outcome::Alone(response, why) => {
+                let status = response.lock().take().map(|response| response.status());
+                Err(if status.is_some_and(|status| status.is_success()) { why } else { FAILED })
+            }
+            Outcome::Failed { kind, .. } => Err(kind.slug()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_warm_is_a_path_or_a_url() {
+        for (text, host) in [
+            ("/api/tools", None),
+            ("/api/tools?all&a=%20", None),
+            ("http://localhost:8080/", Some("localhost:8080")),
+            ("https://api.example/tools?x", Some("api.example")),
+        ] {
+            let warmed: Warmed = text.parse().unwrap();
+            assert_eq!(warmed.to_string(), text);
+            let request = warmed.request();
+            assert_eq!(request.headers().get(HOST).map(|host| host.to_str().unwrap()), host);
+            assert!(text.ends_with(&request.uri().to_string()), "{}", request.uri());
+        }
+        for wrong in
+            ["", "tools", "api.example/tools", "ftp://a/b", "//a/b#c", "http://user:pass@a/", "/a b", "*", "/a#b"]
+        {
+            assert!(wrong.parse::<Warmed>().is_err(), "{wrong}");
+        }
+    }
+}

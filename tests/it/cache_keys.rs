@@ -1,0 +1,347 @@
+//! Whose answer it is, and how much is kept: keys, principals, reloads and bounds.
+
+use std::{collections::HashSet, time::Instant};
+
+use serde_json::json;
+use tokio::task::JoinSet;
+
+use crate::{
+    auth::{keys, new_key},
+    cache::{cached, get, is_hit, ok, source},
+    cache_streams::post,
+    harness::{Message, Proxy, Wire, backend::Recorder, eventually, figure, ms},
+};
+
+/// A backend whose answers count.
+async fn counting() -> Recorder {
+    Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_sees_what_another_principal_was_answered() {
+    let (alice, alices) = new_key(&["--id", "alice"]);
+    let (bob, bobs) = new_key(&["--id", "bob"]);
+    let (other, others) = new_key(&["--id", "alice"]);
+    let (_folder, file) = keys(&[&alices, &bobs, &others]);
+    let backend = counting().await;
+    let settings = format!(
+        "defaults: {{ auth: {{ api_keys: {{ file: {file} }} }} }}
+routes:
+  - {{ upstream: api, cache: {{}} }}
+  - {{ match: {{ path: /chat }}, upstream: api, cache: {{ methods: [POST], key: [body], ttl: 1h }} }}
+  - {{ match: {{ path: /shared }}, upstream: api, cache: {{ shared: true }} }}"
+    );
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    let by = |key: &str| format!("x-api-key: {key}\r\n");
+    let bearer = |key: &str| format!("authorization: Bearer {key}\r\n");
+    for ask in [get, |path: &str, fields: &str| post("/chat", fields, &json!({ "path": path }).to_string())] {
+        let mut seen = HashSet::new();
+        for key in [&alice, &bob] {
+            let first = proxy.ask(ask("/", &by(key))).await;
+            assert_eq!(first.status(), 200, "{}", first.text());
+            assert!(!is_hit(&first) && seen.insert(first.text()), "{first:?}");
+            for fields in [by(key), bearer(key)] {
+                let again = proxy.ask(ask("/", &fields)).await;
+                assert!(is_hit(&again) && again.text() == first.text(), "{again:?}");
+            }
+        }
+        let same = proxy.ask(ask("/", &by(&other))).await;
+        assert!(is_hit(&same), "who it is counts, and not by which key");
+    }
+    assert!(!is_hit(&proxy.ask(get("/shared", &by(&alice))).await));
+    assert!(is_hit(&proxy.ask(get("/shared", &by(&bob))).await), "where the operator says that it is the same for all");
+    assert_eq!(proxy.get("/shared").await.status(), 401, "who may not ask gets nothing of it");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_shows_credentials_has_answers_of_its_own() {
+    let backend =
+        Recorder::scripted(|before, _| ok("cache-control: public, max-age=600\r\n", &before.to_string())).await;
+    let settings =
+        "routes: [{ upstream: api, cache: {} }, { match: { path: /shared }, upstream: api, cache: { shared: true } }]";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    let shown = [
+        "",
+        "authorization: Bearer a\r\n",
+        "authorization: Bearer b\r\n",
+        "cookie: session=a\r\n",
+        "cookie: session=b\r\n",
+        "x-api-key: a\r\n",
+        "api-key: a\r\n",
+        "x-goog-api-key: a\r\n",
+        "x-session-id: a\r\n",
+    ];
+    let mut seen = HashSet::new();
+    for fields in shown {
+        let first = proxy.ask(get("/", fields)).await;
+        assert!(!is_hit(&first) && seen.insert(first.text()), "{fields}: {first:?}");
+        assert_eq!(proxy.ask(get("/", fields)).await.text(), first.text());
+    }
+    let before = backend.count();
+    for fields in shown {
+        proxy.ask(get("/shared", fields)).await;
+    }
+    assert_eq!(backend.count() - before, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parameters_that_make_no_difference_are_left_out_of_the_key() {
+    let backend = counting().await;
+    let proxy = Proxy::before(&backend.url(), &cached("{ ignore_query: [fbclid, utm_*] }")).await;
+    proxy.get("/a?q=1&utm_source=x").await;
+    for same in ["/a?q=1", "/a?utm_medium=y&q=1&fbclid=7", "/a?q=1&%75tm_x"] {
+        assert!(is_hit(&proxy.get(same).await), "{same}");
+    }
+    for other in ["/a?q=2", "/a", "/A?q=1", "/a?q=1&utm", "/a?q=1&fbclid2=7", "/a?Q=1", "/a/?q=1", "/a?q=1;utm_x=1"] {
+        assert!(!is_hit(&proxy.get(other).await), "{other}");
+    }
+    assert_eq!(backend.requests()[0].head.target(), "/a?q=1&utm_source=x", "the upstream is asked as the client did");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fields_and_cookies_count_where_the_operator_says_so() {
+    let backend = counting().await;
+    let proxy =
+        Proxy::before(&backend.url(), &cached("{ shared: true, key: ['header:x-tenant', 'cookie:lang'] }")).await;
+    let ask = async |fields: &str| proxy.ask(get("/", fields)).await;
+    assert!(!is_hit(&ask("x-tenant: a\r\ncookie: lang=de; other=1\r\n").await));
+    assert!(is_hit(&ask("x-tenant: a\r\ncookie: x=y; lang=de\r\nx-more: 1\r\n").await));
+    assert!(!is_hit(&ask("x-tenant: b\r\ncookie: lang=de\r\n").await));
+    assert!(!is_hit(&ask("x-tenant: a\r\ncookie: lang=en\r\n").await));
+    assert!(!is_hit(&ask("cookie: lang=de\r\n").await));
+    assert!(!is_hit(&ask("x-tenant: \r\ncookie: lang=de\r\n").await), "what is empty is not absent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_body_says_counts_and_not_how_it_is_written() {
+    let backend = counting().await;
+    let section = "{ methods: [POST], key: [body], ttl: 1h, body: { ignore: [user, metadata.trace], when: { temperature: [0, null] } } }";
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    let ask = async |body: &str| proxy.ask(post("/", "", body)).await;
+    assert!(!is_hit(&ask(r#"{"model": "m", "messages": [{"role": "user", "content": "é"}], "n": 1}"#).await));
+    for same in [
+        r#"{"n":1,"messages":[{"content":"é","role":"user"}],"model":"m"}"#,
+        r#" { "n" : 1.0e0 , "model":"m" ,"messages":[{"role":"user","content":"\u00e9"}]}"#,
+        r#"{"user": "me", "metadata": {"trace": 7}, "model": "m", "messages": [{"role": "user", "content": "é"}], "n": 1}"#,
+    ] {
+        let answer = ask(same).await;
+        // An object that only holds what is ignored is still there.
+        assert_eq!(is_hit(&answer), !same.contains("metadata"), "{same}: {answer:?}");
+    }
+    for other in [
+        r#"{"model": "m", "messages": [{"role": "user", "content": "e"}], "n": 1}"#,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "é"}], "n": 2}"#,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "é"}], "n": "1"}"#,
+        r#"{"model": "m", "messages": [{"role": "user", "content": "é"}], "n": 1, "stream": true}"#,
+    ] {
+        assert!(!is_hit(&ask(other).await), "{other}");
+        assert!(is_hit(&ask(other).await), "{other}");
+    }
+    for (never, why) in [
+        (r#"{"temperature": 0.7}"#, "body-condition"),
+        (r#"{"tools": [{"type": "function"}]}"#, "tools"),
+        (r#"{"a": 1, "a": 2}"#, "body-duplicate-member"),
+        ("", "body-not-json"),
+        ("a=b", "body-not-json"),
+    ] {
+        for _ in 0..2 {
+            let answer = ask(never).await;
+            assert_eq!(source(&answer), format!("sidegate; fwd=bypass; fwd-status=200; detail={why}"), "{never}");
+        }
+    }
+    let with_none = r#"{"tools": [], "temperature": 0}"#;
+    assert!(!is_hit(&ask(with_none).await));
+    assert!(is_hit(&ask(with_none).await));
+    let bodies: Vec<String> = backend.requests().iter().map(Message::text).collect();
+    assert!(bodies.contains(&r#"{"a": 1, "a": 2}"#.to_owned()), "the upstream gets what was sent: {bodies:?}");
+
+    let with_tools = cached("{ methods: [POST], key: [body], ttl: 1h, body: { tools: true }, max_request_body: 1KiB }");
+    let proxy = Proxy::before(&backend.url(), &with_tools).await;
+    let tools = post("/", "", r#"{"tools": [{"type": "function"}]}"#);
+    proxy.ask(&tools).await;
+    assert!(is_hit(&proxy.ask(&tools).await), "where the operator says so");
+    let long = json!({ "a": "x".repeat(2000) }).to_string();
+    let chunked = format!(
+        "POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{long}\r\n0\r\n\r\n",
+        long.len()
+    );
+    for request in [post("/", "", &long), chunked] {
+        let answer = proxy.ask(request).await;
+        assert_eq!(source(&answer), "sidegate; fwd=bypass; fwd-status=200; detail=body-too-large");
+        assert_eq!(backend.requests().last().unwrap().text(), long, "it goes on whole");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_question_in_a_body_is_asked_anew_without_a_condition() {
+    let backend = Recorder::scripted(|before, request| {
+        // To any other method than GET and HEAD a server may say 412 (RFC 9110 §13.1.2).
+        assert_eq!((request.head.get("if-none-match"), request.text()), (None, "{}".to_owned()));
+        ok(
+            &format!("cache-control: max-age={}, stale-if-error=60\r\netag: \"v1\"\r\n", before * 600),
+            &format!(r#"{{"turn": {before}}}"#),
+        )
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{ methods: [POST], key: [body] }")).await;
+    for turn in ["0", "1", "1"] {
+        assert_eq!(proxy.ask(post("/", "", "{}")).await.json()["turn"].to_string(), turn);
+    }
+    assert_eq!(backend.requests().len(), 2);
+}
+
+fn file(url: &str, section: &str, more: &str) -> String {
+    format!(
+        "upstreams: {{ api: {{ endpoints: [\"{url}\"] }} }}\n{more}\nroutes: [{{ upstream: api, name: all, cache: {section} }}]"
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_keeps_the_answers_of_a_section_that_stays() {
+    let backend = counting().await;
+    let url = backend.url();
+    let proxy = Proxy::start(&file(&url, "{}", "")).await;
+    assert_eq!(proxy.get("/").await.text(), "0");
+    let reload = async |yaml: &str, status: u16| {
+        proxy.rewrite(yaml);
+        assert_eq!(proxy.admin_post("/reload").await.status(), status);
+    };
+    reload(&file(&url, "{}", "defaults: { timeouts: { total: 7s } }"), 200).await;
+    assert!(is_hit(&proxy.get("/").await), "something else has changed");
+    reload(&file(&url, "{ ttl: 0s }", ""), 409).await;
+    assert!(is_hit(&proxy.get("/").await), "a refused one changes nothing");
+    reload(&file(&url, "{ max_body: 2MiB }", ""), 200).await;
+    assert_eq!(proxy.get("/").await.text(), "1", "a changed section begins anew");
+    assert!(is_hit(&proxy.get("/").await));
+    reload(&file(&url, "off", ""), 200).await;
+    let none = proxy.get("/").await;
+    assert_eq!((none.text().as_str(), none.head.get("cache-status")), ("2", None));
+    reload(&file(&url, "{ max_body: 2MiB }", ""), 200).await;
+    assert_eq!(proxy.get("/").await.text(), "3", "what has no owner is gone");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reload_lets_readers_of_an_answer_on_its_way_go_on() {
+    let backend = crate::harness::Backend::start().await;
+    let proxy = Proxy::start(&file(&backend.url(), "{ ttl: 1h }", "")).await;
+    let mut client = proxy.connect().await;
+    client.send(get("/", "")).await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\none").await;
+    client.head().await;
+    assert_eq!(client.exactly(3).await, b"one");
+    proxy.rewrite(&file(&backend.url(), "{ ttl: 1h }", "defaults: { timeouts: { total: 7s } }"));
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    let mut other = proxy.connect().await;
+    other.send(get("/", "")).await;
+    other.head().await;
+    assert_eq!(other.exactly(3).await, b"one", "and who comes after it reads along");
+    upstream.send("two").await;
+    assert_eq!(client.exactly(3).await, b"two");
+    assert_eq!(other.exactly(3).await, b"two");
+    assert!(is_hit(&proxy.get("/").await));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hit_costs_no_tokens() {
+    let body = r#"{"choices": [], "usage": {"prompt_tokens": 30, "completion_tokens": 10}}"#;
+    let backend = Recorder::answering(ok("content-type: application/json\r\n", body)).await;
+    let settings = "
+routes:
+  - upstream: api
+    name: chat
+    rate_limit: [{ name: tokens, key: global, limit: 1000/h, cost: tokens, reserve: 40 }]
+    cache: { methods: [POST], key: [body], ttl: 1h }";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    let left = async || {
+        let counter = proxy.admin_get("/rate-limits/tokens").await.json()["counters"][0].clone();
+        counter["memory"]["remaining"].as_u64().unwrap()
+    };
+    let ask = post("/v1/chat/completions", "", r#"{"messages": [], "max_tokens": 10}"#);
+    proxy.ask(&ask).await;
+    eventually("the miss to be charged", async || left().await == 960).await;
+    for _ in 0..10 {
+        assert!(is_hit(&proxy.ask(&ask).await));
+    }
+    eventually("the hits to cost nothing", async || left().await == 960).await;
+}
+
+/// Asks for `paths` over `connections` at once, one after the other on each; what each was answered, and the time
+/// until then.
+async fn ask_all(proxy: &Proxy, connections: usize, requests: Vec<String>) -> Vec<(bool, std::time::Duration)> {
+    let mut clients = JoinSet::new();
+    let share = requests.len().div_ceil(connections);
+    for part in requests.chunks(share) {
+        let (address, part) = (proxy.address(), part.to_vec());
+        clients.spawn(async move {
+            let mut wire = Wire::to(address).await;
+            let mut seen = Vec::with_capacity(part.len());
+            for request in part {
+                let begun = Instant::now();
+                wire.send(request).await;
+                let answer = wire.answer().await;
+                assert_eq!(answer.status(), 200);
+                seen.push((is_hit(&answer), begun.elapsed()));
+            }
+            seen
+        });
+    }
+    clients.join_all().await.concat()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_is_bounded_whatever_is_asked() {
+    // As many as it takes to see that it does not grow; `CACHE_KEYS` asks for more.
+    let count: usize = std::env::var("CACHE_KEYS").ok().and_then(|count| count.parse().ok()).unwrap_or(20_000);
+    let most: u64 = std::env::var("CACHE_MIB").ok().and_then(|mib| mib.parse().ok()).unwrap_or(16);
+    let body = "x".repeat(4 << 10);
+    let backend = Recorder::counting(ok("", &body)).await;
+    let proxy = Proxy::before(&backend.url(), &cached(&format!("{{ ttl: 1h, max_bytes: {most}MiB }}"))).await;
+    ask_all(&proxy, 8, (0..100).map(|n| get(&format!("/warm/{n}"), "")).collect()).await;
+    let before = proxy.resident();
+    let mut peak = before;
+    for part in 0..20 {
+        let requests = (0..count / 20).map(|n| get(&format!("/{part}/{n}"), "")).collect();
+        ask_all(&proxy, 8, requests).await;
+        peak = peak.max(proxy.resident());
+    }
+    let grown = (peak - before) / 1024;
+    figure(&format!("{count} keys of 4 KiB with max_bytes {most} MiB: {grown} MiB more at most"));
+    assert!(grown < 2 * most, "{grown} MiB");
+    let last = format!("/19/{}", count / 20 - 1);
+    assert!(is_hit(&proxy.get(&last).await) || proxy.sample("sidegate_cache_evicted_total{route=\"all\"}").await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_asked_often_is_mostly_answered_without_the_upstream() {
+    let said = json!({ "choices": [{ "message": { "content": "x".repeat(2000) }, "finish_reason": "stop" }] });
+    let backend = Recorder::counting(ok("content-type: application/json\r\n", &said.to_string())).await;
+    // A fifth of the prompts have room.
+    let section = "{ methods: [POST], key: [body], ttl: 1h, max_bytes: 512KiB, max_body: 64KiB }";
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    // Zipf: the nth of a thousand prompts is asked for in proportion to 1/n.
+    let mut sums = Vec::new();
+    let mut sum = 0.0;
+    for n in 1..=1000 {
+        sum += 1.0 / f64::from(n);
+        sums.push(sum);
+    }
+    let mut random = 7_u32;
+    let requests = (0..10_000).map(|_| {
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let at = f64::from(random) / f64::from(u32::MAX) * sum;
+        let prompt = sums.partition_point(|known| *known < at);
+        post("/v1/chat/completions", "", &json!({ "model": "m", "prompt": prompt }).to_string())
+    });
+    let seen = ask_all(&proxy, 16, requests.collect()).await;
+    let mut hits: Vec<_> = seen.iter().filter(|(hit, _)| *hit).map(|(_, took)| *took).collect();
+    hits.sort_unstable();
+    let asked = backend.count();
+    let share = 100 - 100 * asked / seen.len();
+    figure(&format!(
+        "10000 requests over 1000 prompts: the upstream saw {asked}, {share} % fewer; hits p50 {}, p99 {}",
+        ms(hits[hits.len() / 2]),
+        ms(hits[hits.len() * 99 / 100])
+    ));
+    assert!(share >= 60, "{share}");
+}

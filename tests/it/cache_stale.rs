@@ -1,0 +1,280 @@
+//! What becomes of an answer that is too old, and what stands in where the upstream fails.
+
+use tokio::task::JoinSet;
+
+use crate::{
+    cache::{YEAR_2020, answer, cached, code, counting, get, is_hit, ok, source},
+    harness::{Backend, Proxy, Wire, backend::Recorder, eventually, figure},
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_that_still_holds_is_renewed() {
+    let backend = Recorder::scripted(|before, request| {
+        let tag = request.head.get("if-none-match");
+        match before {
+            0 => ok("cache-control: max-age=0\r\netag: \"v1\"\r\nx-turn: one\r\nx-first: kept\r\n", "body"),
+            1 => {
+                assert_eq!((tag, request.head.get("range")), (Some("\"v1\""), None));
+                let fields = "cache-control: max-age=600\r\netag: \"v1\"\r\nx-turn: two\r\n\r\n";
+                format!("HTTP/1.1 304 Not Modified\r\n{fields}")
+            }
+            _ => panic!("it is fresh again"),
+        }
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    proxy.get("/").await;
+    let renewed = proxy.get("/").await;
+    assert_eq!((renewed.status(), renewed.text().as_str()), (200, "body"));
+    assert_eq!((renewed.head.get("x-turn"), renewed.head.get("x-first")), (Some("two"), Some("kept")));
+    assert!(source(&renewed).starts_with("sidegate; fwd=stale; fwd-status=304; ttl="), "{renewed:?}");
+    let again = proxy.get("/").await;
+    assert!(is_hit(&again));
+    assert_eq!((again.text().as_str(), again.head.get("x-turn")), ("body", Some("two")));
+    assert_eq!(backend.count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_is_asked_about_by_its_date_and_replaced_by_another() {
+    let backend = Recorder::scripted(|before, request| {
+        let since = request.head.get("if-modified-since");
+        assert_eq!(since, (before == 1).then_some(YEAR_2020));
+        let seconds = if before == 0 { 0 } else { 600 };
+        ok(&format!("cache-control: max-age={seconds}\r\nlast-modified: {YEAR_2020}\r\n"), &before.to_string())
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    assert_eq!(proxy.get("/").await.text(), "0");
+    assert_eq!(proxy.get("/").await.text(), "1");
+    let again = proxy.get("/").await;
+    assert!(is_hit(&again));
+    assert_eq!(again.text(), "1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cookie_beside_a_304_is_for_who_asked() {
+    let backend = Recorder::scripted(|before, _| match before {
+        0 => ok("cache-control: max-age=0\r\netag: \"v1\"\r\n", "body"),
+        _ => "HTTP/1.1 304 Not Modified\r\ncache-control: max-age=600\r\nset-cookie: a=b\r\nset-cookie: c=d\r\n\r\n"
+            .to_owned(),
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    proxy.get("/").await;
+    assert_eq!(proxy.get("/").await.head.all("set-cookie"), ["a=b", "c=d"]);
+    let hit = proxy.get("/").await;
+    assert!(is_hit(&hit) && hit.head.get("set-cookie").is_none(), "{hit:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_that_may_be_over_the_next_moment_is_not_held_against_what_comes_after_it() {
+    for status in ["429 Too Many Requests", "503 Service Unavailable"] {
+        let backend = Recorder::scripted(move |before, _| match before {
+            0 => answer(status, "", ""),
+            _ => ok("cache-control: max-age=600\r\n", "well"),
+        })
+        .await;
+        let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+        assert_eq!(proxy.get("/").await.status(), code(status));
+        assert_eq!(proxy.get("/").await.text(), "well");
+        assert!(is_hit(&proxy.get("/").await), "{status}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_about_another_answer_renews_nothing() {
+    let backend = Recorder::scripted(|before, request| match before {
+        0 => ok("cache-control: max-age=0\r\netag: \"v1\"\r\n", "old"),
+        1 => "HTTP/1.1 304 Not Modified\r\ncache-control: max-age=600\r\netag: \"v2\"\r\n\r\n".to_owned(),
+        _ => {
+            assert_eq!(request.head.get("if-none-match"), None);
+            ok("cache-control: max-age=600\r\netag: \"v2\"\r\n", "new")
+        }
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    proxy.get("/").await;
+    assert_eq!(proxy.get("/").await.text(), "new");
+    assert!(is_hit(&proxy.get("/").await));
+    assert_eq!(backend.count(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_that_says_what_the_answer_depends_on_is_not_for_everybody() {
+    let backend = Recorder::scripted(|before, _| match before {
+        0 => ok("cache-control: max-age=0\r\netag: \"v1\"\r\n", "old"),
+        1 => {
+            "HTTP/1.1 304 Not Modified\r\ncache-control: max-age=600\r\netag: \"v1\"\r\nvary: accept\r\n\r\n".to_owned()
+        }
+        _ => ok("cache-control: max-age=600\r\nvary: accept\r\n", "json"),
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    proxy.get("/").await;
+    assert_eq!(proxy.get("/").await.text(), "old");
+    assert_eq!(proxy.ask(get("/", "accept: application/json\r\n")).await.text(), "json");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_is_given_while_one_request_asks_anew() {
+    for (section, fields) in [
+        ("{ stale_while_revalidate: 1h }", "cache-control: max-age=0\r\netag: \"v1\"\r\n"),
+        ("{}", "cache-control: max-age=0, stale-while-revalidate=3600\r\n"),
+    ] {
+        let backend = Backend::start().await;
+        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+        let mut client = proxy.connect().await;
+        client.send(get("/", "")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(ok(fields, "old")).await;
+        assert_eq!(client.answer().await.text(), "old");
+
+        let mut clients = JoinSet::new();
+        for _ in 0..50 {
+            clients.spawn(Wire::ask(proxy.address(), get("/", "")));
+        }
+        for stale in clients.join_all().await {
+            assert!(is_hit(&stale) && stale.text() == "old", "{stale:?}");
+        }
+        let head = upstream.head().await;
+        assert_eq!(head.get("if-none-match").is_some(), fields.contains("etag"), "{head:?}");
+        assert!(backend.accepted().await.is_none(), "one asks for all");
+        assert_eq!(proxy.sample("sidegate_cache_refreshed_total{route=\"all\"}").await, 1);
+        upstream.send(ok("cache-control: max-age=600\r\n", "new")).await;
+        eventually("the new answer", async || proxy.get("/").await.text() == "new").await;
+        assert!(is_hit(&proxy.get("/").await));
+        figure("50 requests for a stale answer: 1 went upstream, none waited");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_will_be_stale_soon_is_asked_for_before() {
+    let (backend, proxy) = counting("{ ttl: 1h, refresh: 59m }", "").await;
+    proxy.get("/").await;
+    assert!(is_hit(&proxy.get("/").await));
+    assert_eq!(backend.count(), 1, "not yet");
+    let (backend, proxy) = counting("{ refresh: 1h }", "cache-control: max-age=600\r\n").await;
+    proxy.get("/").await;
+    let hit = proxy.get("/").await;
+    assert!(is_hit(&hit) && hit.text() == "1", "nobody waits for it");
+    // Once a second at most, as it would never be anything but due.
+    eventually("it to be asked for again", async || {
+        proxy.get("/").await;
+        backend.count() >= 2
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_stands_in_where_the_upstream_fails() {
+    let fields = "cache-control: max-age=0\r\n";
+    let backend = Recorder::scripted(move |before, _| match before {
+        0 => ok(fields, "old"),
+        1 => answer("503 Service Unavailable", "", "down"),
+        _ => answer("404 Not Found", "", "gone"),
+    })
+    .await;
+    let settings = "
+upstreams: { api: { endpoints: [UPSTREAM], circuit_breaker: { consecutive_failures: 3, recovery: 1h } } }
+routes: [{ upstream: api, name: all, cache: { stale_if_error: 1h } }]
+";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    proxy.get("/").await;
+    let stale = proxy.get("/").await;
+    assert_eq!((stale.status(), stale.text().as_str()), (200, "old"));
+    assert_eq!(source(&stale).split("; ttl").next(), Some("sidegate; fwd=stale; fwd-status=503"), "{stale:?}");
+    assert!(source(&stale).ends_with("; detail=stale-if-error"), "{stale:?}");
+    assert!(stale.head.get("age").is_some());
+    drop(backend);
+    // Refused connections, and then nothing is tried any more.
+    let open = async || proxy.admin_get("/circuit-breakers").await.json()["circuit_breakers"][0]["state"] == "open";
+    let mut turns = 0;
+    while !open().await {
+        let stale = proxy.get("/").await;
+        assert_eq!((stale.status(), stale.text().as_str()), (200, "old"));
+        turns += 1;
+        assert!(turns < 10, "the breaker opens");
+    }
+    let stale = proxy.get("/").await;
+    assert_eq!((stale.status(), stale.text().as_str()), (200, "old"), "{stale:?}");
+    let fresh = proxy.ask(get("/", "cache-control: no-cache\r\n")).await;
+    assert_eq!(fresh.status(), 503, "not for who wants none of it");
+    assert_eq!(proxy.get("/other").await.status(), 503);
+    // Who may not ask for a fresh answer need not have an error either.
+    let backend = Recorder::scripted(move |before, _| match before {
+        0 => ok(fields, "old"),
+        _ => answer("503 Service Unavailable", "", "down"),
+    })
+    .await;
+    let section = "{ stale_if_error: 1h, client_cache_control: false }";
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    proxy.get("/").await;
+    assert_eq!(proxy.ask(get("/", "cache-control: no-cache\r\n")).await.text(), "old");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_does_not_stand_in_for_the_truth() {
+    for (section, fields, status) in [
+        ("{}", "cache-control: max-age=0\r\netag: \"a\"\r\n", "503 Service Unavailable"),
+        ("{ stale_if_error: 1h }", "cache-control: max-age=0\r\n", "404 Not Found"),
+        (
+            "{ stale_if_error: 1h }",
+            "cache-control: max-age=0, must-revalidate\r\netag: \"a\"\r\n",
+            "503 Service Unavailable",
+        ),
+    ] {
+        let backend = Recorder::scripted(move |before, _| match before {
+            0 => ok(fields, "old"),
+            _ => answer(status, "", "now"),
+        })
+        .await;
+        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+        proxy.get("/").await;
+        let now = proxy.get("/").await;
+        assert_eq!((now.status(), now.text().as_str()), (code(status), "now"), "{section} {fields}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_are_kept_as_long_as_the_operator_says() {
+    for (status, section, kept) in [
+        ("404 Not Found", "{ negative_ttl: 1h }", true),
+        ("410 Gone", "{ negative_ttl: 1h }", true),
+        ("503 Service Unavailable", "{ negative_ttl: 1h }", true),
+        ("403 Forbidden", "{ negative_ttl: 1h }", false),
+        ("401 Unauthorized", "{ negative_ttl: 1h, ttl: 1h }", false),
+        ("404 Not Found", "{ ttl: 1h }", false),
+        ("500 Internal Server Error", "{ ttl: 1h }", false),
+    ] {
+        let backend = Recorder::scripted(move |before, _| answer(status, "", &before.to_string())).await;
+        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+        assert_eq!(proxy.get("/").await.text(), "0");
+        let again = proxy.get("/").await;
+        assert_eq!(again.status(), code(status));
+        assert_eq!(is_hit(&again), kept, "{status} {section}: {again:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_upstream_says_is_not_kept_for_the_routes_own() {
+    let own = Recorder::scripted(|before, _| {
+        let fields = "cache-control: max-age=0, stale-while-revalidate=3600\r\n";
+        if before == 1 { answer("503 Service Unavailable", "", "") } else { ok(fields, "own") }
+    })
+    .await;
+    let other = Recorder::answering(ok("cache-control: max-age=600\r\n", "other")).await;
+    let settings = format!(
+        "upstreams: {{ api: {{ endpoints: [UPSTREAM] }}, other: {{ endpoints: ['{}'] }} }}
+routes: [{{ upstream: api, name: all, cache: {{}}, retry: off, fallback: [{{ upstream: other, on: [503] }}] }}]",
+        other.url()
+    );
+    let proxy = Proxy::before(&own.url(), &settings).await;
+    assert_eq!(proxy.get("/").await.text(), "own");
+    assert_eq!(proxy.get("/").await.text(), "own", "while it is asked for again behind it");
+    eventually("the other to be asked", async || other.count() == 1).await;
+    eventually("the answer's end", async || proxy.sample("sidegate_cache_refreshed_total{route=\"all\"}").await == 1)
+        .await;
+    for _ in 0..5 {
+        assert_eq!(proxy.get("/").await.text(), "own");
+    }
+}
