@@ -49,6 +49,17 @@ impl Boundary {
         self.len == 0
     }
 
+    /// The line end that came last, in full, where a line has just ended: what one more line has to end with, to look like
+    /// those around it.
+    #[must_use]
+    pub const fn line_end(&self) -> &'static [u8] {
+        match self.last.split_at(self.len).0 {
+            [.., b'\r', b'\n'] => b"\r\n",
+            [.., b'\r'] => b"\r",
+            _ => b"\n",
+        }
+    }
+
     /// Whether the stream stands between two events now.
     #[must_use]
     pub const fn here(&self) -> bool {

@@ -1,10 +1,11 @@
-//! Server-sent events (WHATWG HTML §9.2), looked at and never changed.
+//! Server-sent events (WHATWG HTML §9.2), looked at and hardly ever changed.
 //!
 //! What passes through sidegate passes in the frames in which it came; nothing here takes an event stream apart and
 //! puts it together again. Three questions are answered beside the stream: what kind of event has just ended
 //! ([`Scanner`]), whether something may be said at this place without breaking into an event ([`Boundary`]), and how
 //! many tokens a model server reports ([`Meter`]). One event may be taken out: the report that sidegate has asked for
-//! and the client has not ([`UsageFilter`]).
+//! and the client has not ([`UsageFilter`]). One line may be added to each: an `id`, by which a client can take the
+//! stream up again ([`Labels`]).
 //!
 //! ```
 //! use sidegate::sse::{Boundary, Event, Scanner};
@@ -28,6 +29,7 @@ mod boundary;
 mod bytes;
 mod completion;
 mod json;
+mod numbering;
 mod pieces;
 mod scanner;
 mod shape;
@@ -41,6 +43,7 @@ use http::{
 pub use self::{
     boundary::Boundary,
     completion::{Completion, Ended, Mark, Terminal, complete_json},
+    numbering::{Labels, Numbering},
     scanner::{Event, Scanner},
     usage::{Frames, Meter, Usage, UsageFilter},
 };

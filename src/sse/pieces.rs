@@ -33,6 +33,7 @@ pub(super) struct Pieces {
     /// The event's type so far, or that of the one that has just ended.
     kind: Short<MAX_TYPE>,
     has_ended: bool,
+    has_id: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,7 +61,13 @@ impl Pieces {
             text: Short::new(),
             kind: Short::new(),
             has_ended: false,
+            has_id: false,
         }
+    }
+
+    /// Whether any event so far has had an `id`, this one included.
+    pub(super) const fn has_id(&self) -> bool {
+        self.has_id
     }
 
     /// The type of the event that has just ended: empty where it has none, `None` where it is longer than any that is
@@ -146,6 +153,10 @@ impl Pieces {
         let field = match self.text.get() {
             Some(b"data") => Field::Data,
             Some(b"event") => Field::Type,
+            Some(b"id") => {
+                self.has_id = true;
+                Field::Other
+            }
             _ => Field::Other,
         };
         self.text.clear();
