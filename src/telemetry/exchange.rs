@@ -71,6 +71,8 @@ pub enum CacheOutcome {
     Revalidated,
     /// It gave the answer that another request was getting.
     Coalesced,
+    /// It gave the rest of an answer that the client had had a part of.
+    Resumed,
     /// It asked the upstream.
     Miss,
     /// It had no part in it.
@@ -79,7 +81,8 @@ pub enum CacheOutcome {
 
 impl CacheOutcome {
     /// All of them.
-    pub const ALL: [Self; 6] = [Self::Hit, Self::Stale, Self::Revalidated, Self::Coalesced, Self::Miss, Self::Bypass];
+    pub const ALL: [Self; 7] =
+        [Self::Hit, Self::Stale, Self::Revalidated, Self::Coalesced, Self::Resumed, Self::Miss, Self::Bypass];
 
     /// The word for logs and metrics.
     #[must_use]
@@ -89,15 +92,17 @@ impl CacheOutcome {
             Self::Stale => "stale",
             Self::Revalidated => "revalidated",
             Self::Coalesced => "coalesced",
+            Self::Resumed => "resumed",
             Self::Miss => "miss",
             Self::Bypass => "bypass",
         }
     }
 
-    /// Whether the upstream made nothing for this request.
+    /// Whether the upstream made nothing for this request. The rest of an answer is made for whoever takes it up: the
+    /// request before it was charged for no more than it got.
     #[must_use]
     pub const fn spares_upstream(self) -> bool {
-        !matches!(self, Self::Miss | Self::Bypass)
+        !matches!(self, Self::Resumed | Self::Miss | Self::Bypass)
     }
 }
 

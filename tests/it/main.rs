@@ -11,6 +11,7 @@ mod browser;
 mod cache;
 mod cache_keys;
 mod cache_redis;
+mod cache_resume;
 mod cache_stale;
 mod cache_streams;
 mod circuit_breaker;

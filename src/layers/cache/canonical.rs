@@ -280,23 +280,34 @@ pub(super) struct Asked {
 /// Why the body must not be cached. Nothing has been added then.
 pub(super) fn digest(text: &[u8], rules: &Body, into: &mut Context) -> Result<Asked, Why> {
     let tape = Tape::read(text)?;
-    let top = |name: &str| tape.find(0, name).and_then(|key| tape.nodes.get(index(Tape::value_of(key))));
     let is_empty = |node: &Node| matches!(node, Node::Null | Node::Array { len: 0, .. });
-    if !rules.tools && TOOLS.iter().filter_map(|name| top(name)).any(|node| !is_empty(node)) {
+    if !rules.tools && TOOLS.iter().filter_map(|name| tape.top(name)).any(|node| !is_empty(node)) {
         return Err(Why::Tools);
     }
     rules.when.pass_read(&tape)?;
+    Ok(write(&tape, rules, into))
+}
+
+/// As [`digest`], of a body whose answer must not be cached, too: what it asks for is the same as what another does.
+///
+/// # Errors
+/// Why it has no hash. Nothing has been added then.
+pub(super) fn identity(text: &[u8], rules: &Body, into: &mut Context) -> Result<Asked, Why> {
+    Ok(write(&Tape::read(text)?, rules, into))
+}
+
+fn write(tape: &Tape<'_>, rules: &Body, into: &mut Context) -> Asked {
     let mut ignored: Vec<_> = rules.ignore.iter().filter_map(|path| tape.member(path)).collect();
     ignored.sort_unstable();
     let mut hash = Hash { into, staged: [0; STAGED], len: 0 };
     tape.write(0, &ignored, &mut hash);
     hash.flush();
-    let stream = match top("stream") {
+    let stream = match tape.top("stream") {
         Some(Node::True) => Some(true),
         Some(Node::False) => Some(false),
         _ => None,
     };
-    Ok(Asked { stream })
+    Asked { stream }
 }
 
 /// What is written to.
@@ -439,6 +450,11 @@ impl<'a> Tape<'a> {
         let members = self.members(first, members);
         let found = members.binary_search_by(|&member| self.bytes(member).cmp(name.as_bytes())).ok()?;
         members.get(found).copied()
+    }
+
+    /// The value of the outermost object's member of this name.
+    fn top(&self, name: &str) -> Option<&Node> {
+        self.find(0, name).and_then(|key| self.nodes.get(index(Self::value_of(key))))
     }
 
     fn member(&self, Path(names): &Path) -> Option<u32> {

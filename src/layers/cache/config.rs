@@ -22,6 +22,9 @@ const MOST_WARM: usize = 1000;
 /// The most of an answer that may be set to go to Redis, which does nothing else while it reads or writes one.
 const MOST_IN_REDIS: u64 = 16 << 20;
 
+/// The longest that an upstream may be asked to talk to nobody.
+const MOST_RESUME: HumanDuration = HumanDuration::from_secs(3600);
+
 /// Answers that are kept, and given again: see the module `cache`. Section `cache`.
 #[derive(Debug, Clone, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -97,6 +100,14 @@ pub struct Config {
     /// Whether an answer is read to its end, to be kept, when all who asked for it have left. Default `false`: the
     /// upstream's request is cancelled.
     pub finish_fill: bool,
+    /// For how long an event stream can be taken up again after its client has left. Its events get an `id`, unless the
+    /// upstream gives them some, and who comes with the last one in `Last-Event-ID`, and asks the same as the same, gets what
+    /// came after it and then what comes, whether or not the stream may be shared or kept; `methods` and `key` hold. For so
+    /// long the upstream's request goes on, once the client has got an event, and what came of it is kept, on the replica
+    /// that has it. When it is gone, or on another replica, a new stream begins, with new ids. Of one that is larger than
+    /// `max_body` the last part is kept; all of them take no more than `max_bytes` beside what is kept: then those that
+    /// ended first go first, and what has no room cannot be taken up. Default `off`; at most `1h`.
+    pub resume: Toggle<HumanDuration>,
     /// Names under which answers are dropped together: `bot:{id}`, with parameters of the route's path, `{query:NAME}` and
     /// `{header:NAME}`. Default none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -182,6 +193,7 @@ impl Default for Config {
             max_entries: Toggle::Off,
             coalesce_timeout: HumanDuration::from_secs(30),
             finish_fill: false,
+            resume: Toggle::Off,
             tags: Vec::new(),
             invalidate: Vec::new(),
             warm: Vec::new(),
@@ -256,10 +268,19 @@ impl Check for Config {
             ("stale_while_revalidate", self.stale_while_revalidate),
             ("stale_if_error", self.stale_if_error),
             ("refresh", self.refresh),
+            ("resume", self.resume),
         ];
         for (key, value) in named {
             if value.as_ref().is_some_and(|value| value.is_zero()) {
                 problems.add(key, "is 0: switch it off instead");
+            }
+        }
+        if let Toggle::On(resume) = self.resume {
+            if resume > MOST_RESUME {
+                problems.add("resume", format!("is {resume}: must be at most {MOST_RESUME}"));
+            }
+            if self.methods.is_empty() {
+                problems.add("resume", "needs `methods`: of which requests streams can be taken up again");
             }
         }
         if self.coalesce_timeout.is_zero() {

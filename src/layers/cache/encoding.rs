@@ -127,6 +127,8 @@ fn read_answer(from: &mut Reader<'_>, value: &Bytes, most: usize) -> Option<Stor
         return None;
     }
     Some(Stored {
+        // A stream is taken up again on the replica that has it.
+        id: None,
         status,
         headers,
         body,
@@ -259,6 +261,7 @@ mod tests {
         let mut trailers = HeaderMap::new();
         trailers.insert("checksum", HeaderValue::from_static("9"));
         Stored {
+            id: None,
             status: StatusCode::NON_AUTHORITATIVE_INFORMATION,
             headers,
             body: body.into(),
@@ -277,7 +280,7 @@ mod tests {
 
     /// All that is written of it.
     fn shown(stored: &Stored) -> String {
-        let Stored { status, headers, body, trailers, cuts, life, names, basis: _, took } = stored;
+        let Stored { status, headers, body, trailers, cuts, life, names, basis: _, took, id: _ } = stored;
         format!("{status} {headers:?} {body:?} {trailers:?} {cuts:?} {life:?} {names:?} {took:?}")
     }
 

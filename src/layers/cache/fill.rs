@@ -26,9 +26,10 @@ use super::{
     kept::{Asking, Place},
     key::Key,
     recording::{Lost, Reader, Recording, Whole},
+    resume::{self, Id, Resume, Room, Stream, Whose},
     shared::{Shared, Sought},
     status::CacheStatus,
-    stored::{Basis, Stored},
+    stored::{self, Basis, Stored},
     validate::{self, Evaluation},
     vary::{self, Names},
 };
@@ -93,6 +94,8 @@ pub(super) struct Coming {
     pub(super) is_short: bool,
     /// Whether it will be stored, if it comes to its end.
     pub(super) is_kept: bool,
+    /// The name by which it can be taken up again.
+    id: Option<Id>,
 }
 
 /// What is to be known for that.
@@ -124,6 +127,8 @@ pub(super) struct Terms {
     /// How soon something has to become stale for it to be asked for anew before.
     pub(super) refresh: Option<Duration>,
     pub(super) shared: Option<Shared>,
+    /// The memory for streams that can be taken up again.
+    pub(super) room: Option<Arc<Room>>,
     pub(super) metrics: CacheMetrics,
 }
 
@@ -215,12 +220,16 @@ where
         return renewed(stale, response.headers(), &job, &place, (requested, received));
     }
     let failure = failure(Some(response.status())).filter(|_| is_failure(response.status()));
+    let fits = resume::fits(&response);
     let (parts, body) = response.into_parts();
     let outcome = match storable(&parts, &body, &job, (requested, received)) {
-        Ok(life) => coming(parts, body, Ok(life), job, place, begun),
+        Ok(life) => {
+            let id = if fits && job.terms.room.is_some() { Id::new() } else { None };
+            coming(parts, body, id, Ok(life), job, place, begun)
+        }
         // Those who wait have asked an upstream that fails: let it rest. Unless this is for one of them alone.
         Err(why) if is_failure(parts.status) && is_for_all(&parts, &job) => {
-            coming(parts, body, Err(why), job, place, begun)
+            coming(parts, body, None, Err(why), job, place, begun)
         }
         Err(why) => {
             if says_it_of_all(&parts, why, &job, received) {
@@ -320,9 +329,11 @@ fn is_stream(headers: &HeaderMap) -> bool {
 }
 
 /// An answer that all may have who asked for it, and that is kept when it is whole, if it may be used for any time.
+/// With an `id` it can be taken up again.
 fn coming(
     parts: response::Parts,
     body: Body,
+    id: Option<Id>,
     life: Result<Life, &'static str>,
     job: Job,
     place: Place,
@@ -350,6 +361,7 @@ fn coming(
     let stepped_in = stepped_in(&job.head);
     let Job { primary, terms, basis, .. } = job;
     let (max_body, depends) = (terms.max_body, vary.clone());
+    let share = terms.room.as_ref().filter(|_| id.is_some()).map(Room::share);
     // What was paid for by the token is not kept where it was cut short.
     let completes = is_stream || is_post;
     let terminal = terms.terminal.clone().filter(|_| is_stream);
@@ -370,7 +382,7 @@ fn coming(
             return;
         }
         let stored = Stored::new(stored, whole, is_stream, life, place.names.clone(), basis, took);
-        let stored = Arc::new(stored);
+        let stored = Arc::new(Stored { id, ..stored });
         terms.metrics.stored.inc();
         if !depends.is_empty() {
             place.kept.put_names(primary, &depends, true);
@@ -382,6 +394,9 @@ fn coming(
     };
     let is_short = body.size_hint().exact().is_some();
     let recording = Recording::new(body, max_body, kept.budget.clone(), completion, end);
+    if let Some(share) = share {
+        recording.hold(share, false);
+    }
     Outcome::Coming(Arc::new(Coming {
         status,
         headers,
@@ -394,6 +409,7 @@ fn coming(
         detail,
         is_short,
         is_kept,
+        id,
     }))
 }
 
@@ -405,15 +421,32 @@ impl Coming {
     }
 
     /// The answer for one more who asked; `None` where its beginning is gone.
-    pub(super) fn response(&self, asking: Asking, status: CacheStatus) -> Option<Response> {
-        let reader = self.recording.reader()?;
-        let mut response = Response::new(Body::new(Along { reader, _asking: asking }));
+    pub(super) fn response(&self, asking: Asking, status: CacheStatus, resume: Option<&Resume>) -> Option<Response> {
+        let along = Along { reader: self.recording.reader()?, _asking: asking.clone() };
+        let mut response = Response::new(match resume.zip(self.id) {
+            Some((resume, id)) => resume.begin(id, along, || self.stream(asking)),
+            None => Body::new(along),
+        });
         *response.status_mut() = self.status;
         *response.version_mut() = self.version;
         *response.extensions_mut() = self.extensions.clone();
         *response.headers_mut() = if status.collapsed { self.shared_headers() } else { self.headers.clone() };
         self.tell(status, &mut response);
         Some(response)
+    }
+
+    /// As it is given to those who take it up again.
+    fn stream(&self, asking: Asking) -> Stream {
+        Stream {
+            whose: Whose::All { key: self.key, vary: self.vary.clone() },
+            status: self.status,
+            version: self.version,
+            headers: stored::own(self.shared_headers()),
+            extensions: self.extensions.clone(),
+            recording: self.recording.clone(),
+            asking: Some(asking),
+            is_known: Arc::default(),
+        }
     }
 
     /// That the client has it already.

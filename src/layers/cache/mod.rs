@@ -21,6 +21,8 @@
 //!   dropped by the others when Redis is back, as long as this process lives; and what Redis itself forgets of it, in a
 //!   failover, or because it makes room (`maxmemory-policy` other than `noeviction`), comes back until it is stale.
 //!   A user of an ACL needs the channels `&PREFIX:*`.
+//! - **What is taken up again.** With `resume`, a client that lost a stream gets the rest of it, if it is the one who asked:
+//!   see `resume`.
 //!
 //! `Cache-Status` (RFC 9211) on each answer says where it came from, `Age` how old it is.
 //!
@@ -62,6 +64,7 @@ mod marks;
 mod purge;
 mod range;
 mod recording;
+mod resume;
 mod shared;
 mod status;
 mod stored;
@@ -71,9 +74,10 @@ mod vary;
 mod warm;
 
 use std::{
+    collections::HashMap,
     fmt, mem,
     pin::Pin,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, Weak},
     task::{Context, Poll},
     time::{Duration, SystemTime},
 };
@@ -108,6 +112,8 @@ use self::{
     kept::{Asking, Entry, Kept},
     key::{Asks, Key, Keys},
     purge::{Names, Standing},
+    recording::Recording,
+    resume::{Id, LAST_EVENT_ID, Last, Resume, Stream, Streams, Whose},
     shared::{Holds, Shared, Sought},
     status::{CacheStatus, Forward, Source},
     stored::{Basis, Pace, Stored},
@@ -164,6 +170,8 @@ const NOT_CACHED: Kind = Kind::Custom {
 #[derive(Default)]
 pub struct State {
     purger: Arc<Purger>,
+    /// The streams that can be taken up again, by route. They live as long as a layer has them.
+    streams: Mutex<HashMap<String, Weak<Streams>>>,
     /// What goes on behind the requests: answers asked for anew, or read to their ends. Ends with the process.
     tasks: Arc<Mutex<JoinSet<()>>>,
 }
@@ -181,6 +189,12 @@ impl State {
     /// heard of it: within milliseconds, or when it is back.
     pub fn purge(&self, target: &Target, soft: bool) {
         self.purger.purge(target, soft);
+        if let (Target::All, false) = (target, soft) {
+            let streams: Vec<_> = self.streams.lock().values().filter_map(Weak::upgrade).collect();
+            for streams in streams {
+                streams.shrink(0);
+            }
+        }
     }
 
     /// Waits until Redis has heard of all that was purged and stored, for as long as `patience`. For the end of the
@@ -206,6 +220,16 @@ impl State {
             .collect();
         figures.sort_by(|a, b| a.route.cmp(&b.route));
         figures
+    }
+
+    /// The streams of a route that can be taken up again, whatever its section says.
+    fn streams(&self, config: &Config, route: &str) -> Arc<Streams> {
+        let mut all = self.streams.lock();
+        all.retain(|_, streams| streams.strong_count() > 0);
+        let streams = all.get(route).and_then(Weak::upgrade).unwrap_or_else(|| Streams::new(self.tasks.clone()));
+        streams.limit(config.max_bytes.get());
+        all.insert(route.to_owned(), Arc::downgrade(&streams));
+        streams
     }
 
     /// The answers of a route: those that there are, unless its section or its upstream changed. They live as long as a
@@ -260,6 +284,7 @@ struct Gate {
     terms: Arc<Terms>,
     pace: Pace,
     purger: Arc<Purger>,
+    resume: Option<Resume>,
     metrics: CacheMetrics,
     tasks: Arc<Mutex<JoinSet<()>>>,
 }
@@ -292,6 +317,7 @@ impl CacheLayer {
             ignore_cache_control: config.ignore_cache_control,
             keyed_by_credential: !config.shared,
         };
+        let resume = duration(config.resume).map(|after| Resume { streams: state.streams(config, route), after });
         let terms = Terms {
             rules,
             max_body: usize::try_from(config.max_body.get()).unwrap_or(usize::MAX),
@@ -303,6 +329,7 @@ impl CacheLayer {
             shared: redis.zip(config.redis.as_ref()).map(|(redis, own)| {
                 Shared::new(state.purger.hub(redis), (route, upstream), config, own, metrics.clone())
             }),
+            room: resume.as_ref().map(|resume| resume.streams.room().clone()),
             metrics: metrics.clone(),
         };
         let gate = Gate {
@@ -315,6 +342,7 @@ impl CacheLayer {
             },
             config: config.clone(),
             purger: state.purger.clone(),
+            resume,
             metrics,
             tasks: state.tasks.clone(),
         };
@@ -390,6 +418,10 @@ struct Question {
     body: Bytes,
     primary: Key,
     asked: Directives,
+    /// Why the answer is not kept, nor given from what is.
+    bypass: Option<&'static str>,
+    /// The key of what is for the one who asks alone, where that can be taken up again.
+    own: Option<Key>,
 }
 
 impl Question {
@@ -437,6 +469,10 @@ impl Gate {
         if posts && !silent && !json::is_json(&head.headers) {
             return Part::None(Forward::Bypass, Some("body-not-json"));
         }
+        // The rest of a stream is not what another one gets, who begins it.
+        if has(LAST_EVENT_ID) {
+            return Part::None(Forward::Bypass, Some("last-event-id"));
+        }
         Part::Look
     }
 
@@ -448,7 +484,12 @@ impl Gate {
             let status = CacheStatus { detail: Some("upgrade"), ..CacheStatus::forwarded(Forward::Bypass) };
             return self.pass(inner, request, status).await;
         }
-        let (head, body) = request.into_parts();
+        let (mut head, body) = request.into_parts();
+        let last = self.resume.as_ref().and_then(|_| Last::of(&head.headers));
+        if last.is_some() {
+            // Nobody but us knows what it means.
+            head.headers.remove(LAST_EVENT_ID);
+        }
         match self.part(&head) {
             Part::Look => {}
             Part::None(why, detail) => {
@@ -465,7 +506,14 @@ impl Gate {
             }
         };
         match self.question(head, body) {
-            Ok(question) => self.answer(inner, question).await,
+            Ok(question) => {
+                if let Some(response) = last.and_then(|last| self.take_up(&question, last)) {
+                    return Ok(response);
+                }
+                let Some(why) = question.bypass else { return self.answer(inner, question).await };
+                let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
+                self.pass_question(inner, question, status).await
+            }
             Err((request, why)) => {
                 let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
                 self.pass(inner, request, status).await
@@ -484,11 +532,15 @@ impl Gate {
         let (host, https) = if self.config.ignore_host { ("", false) } else { host(&head) };
         let principal = head.extensions.get::<Principal>();
         let session = head.extensions.get::<Session>();
-        let mut digest = None;
+        let (mut digest, mut bypass) = (None, None);
         if head.method == http::Method::POST {
             let mut hash = ring::digest::Context::new(&SHA256);
             if let Err(why) = canonical::digest(&body, &self.config.body, &mut hash) {
-                return Err((Request::from_parts(head, body.into()), why.as_str()));
+                // What is not worth keeping is worth taking up again.
+                if self.resume.is_none() || canonical::identity(&body, &self.config.body, &mut hash).is_err() {
+                    return Err((Request::from_parts(head, body.into()), why.as_str()));
+                }
+                bypass = Some(why.as_str());
             }
             digest = Some(hash.finish());
         }
@@ -499,7 +551,7 @@ impl Gate {
             credentials: &IDENTITIES,
             shared: self.config.shared,
         };
-        let primary = keys.key(&Asks {
+        let asks = Asks {
             method: &head.method,
             https,
             host,
@@ -510,12 +562,61 @@ impl Gate {
             tier: principal.and_then(|principal| principal.tier.as_deref()),
             session: session.map(|session| &*session.id),
             body: digest.as_ref().map(AsRef::as_ref),
-        });
+        };
+        let primary = keys.key(&asks);
+        let can_resume =
+            self.resume.is_some() && head.method != http::Method::HEAD && !head.headers.contains_key(RANGE);
+        let own = can_resume.then(|| if keys.shared { Keys { shared: false, ..keys }.key(&asks) } else { primary });
         let asked =
             if self.config.client_cache_control { Directives::of(&head.headers) } else { Directives::default() };
         // The body has come, and is at hand.
         head.headers.remove(EXPECT);
-        Ok(Question { head, body, primary, asked })
+        Ok(Question { head, body, primary, asked, bypass, own })
+    }
+
+    /// The rest of a stream of which the client has had a part, if it is the client's and at hand.
+    fn take_up(&self, question: &Question, last: Last) -> Option<Response> {
+        let (resume, own) = (self.resume.as_ref()?, question.own?);
+        let is = |whose: &Whose| match whose {
+            Whose::All { key, vary } => question.variant(vary) == *key,
+            Whose::One(key) => own == *key,
+        };
+        let status = CacheStatus { detail: Some("resumed"), ..CacheStatus::HIT };
+        let coming = resume.take_up(last, is).map(|mut response| {
+            status.append(response.headers_mut());
+            response
+        });
+        let response = coming.or_else(|| match self.kept.look(question.primary, None, &question.head.headers) {
+            (_, Some(Entry::Answer(stored))) if stored.id == Some(last.id) => {
+                stored.rest(last, status, SystemTime::now())
+            }
+            _ => None,
+        })?;
+        self.note(&question.head, CacheOutcome::Resumed);
+        Some(response)
+    }
+
+    /// An answer for the one who asked, which can be taken up again if it is a stream.
+    fn resumable(&self, response: Response, own: Option<Key>) -> Response {
+        let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response)) else { return response };
+        let Some(id) = Id::new() else { return response };
+        let (parts, body) = response.into_parts();
+        let mut headers = stored::own(parts.headers.clone());
+        CacheStatus::remove(&mut headers);
+        let recording = Recording::new(body, self.terms.max_body, self.kept.budget.clone(), None, |_| {});
+        recording.hold(resume.streams.room().share(), true);
+        let Some(reader) = recording.reader() else { unreachable!("nothing of it is gone") };
+        let body = resume.begin(id, reader, || Stream {
+            whose: Whose::One(own),
+            status: parts.status,
+            version: parts.version,
+            headers,
+            extensions: parts.extensions.clone(),
+            recording,
+            asking: None,
+            is_known: Arc::default(),
+        });
+        Response::from_parts(parts, body)
     }
 
     async fn answer<S>(self: Arc<Self>, inner: S, question: Question) -> Result<Response, BoxError>
@@ -570,8 +671,17 @@ impl Gate {
                 Step::Alone => break,
             }
         }
+        self.pass_question(inner, question, CacheStatus { collapsed: false, ..status }).await
+    }
+
+    /// Lets the request go on by itself. What it gets can be taken up again.
+    async fn pass_question<S>(&self, inner: S, question: Question, status: CacheStatus) -> Result<Response, BoxError>
+    where
+        S: Service<Request, Response = Response, Error: Into<BoxError>>,
+    {
         let request = Request::from_parts(question.head, question.body.into());
-        self.pass(inner, request, CacheStatus { collapsed: false, ..status }).await
+        let response = self.pass(inner, request, status).await?;
+        Ok(self.resumable(response, question.own))
     }
 
     /// Lets the request go on by itself. An answer to `HEAD` may tell that the stored one holds no more (§4.3.5).
@@ -586,8 +696,7 @@ impl Gate {
         S: Service<Request, Response = Response, Error: Into<BoxError>>,
     {
         let is_head = question.head.method == http::Method::HEAD;
-        let request = Request::from_parts(question.head, question.body.into());
-        let response = self.pass(inner, request, status).await?;
+        let response = self.pass_question(inner, question, status).await?;
         if let Some((key, stored)) = stale
             && is_head
             && response.status() == stored.status
@@ -675,7 +784,7 @@ impl Gate {
                     }
                     Some(coming.not_modified(*status))
                 } else {
-                    coming.response(held, *status)
+                    coming.response(held, *status, self.resume.as_ref())
                 };
                 response.map_or(Step::Alone, |response| {
                     self.note(&question.head, whose);
@@ -712,7 +821,7 @@ impl Gate {
                     let fwd_status = Some(response.status());
                     CacheStatus { fwd_status, ..*status }.append(response.headers_mut());
                     self.note(&question.head, whose);
-                    Step::Done(Ok(response))
+                    Step::Done(Ok(self.resumable(response, question.own)))
                 })
             }
             Outcome::Failed { first: error, kind, retry_after } => {
@@ -884,8 +993,8 @@ impl Gate {
             head.extensions.insert(exchange);
         }
         head.method = if head.method == http::Method::HEAD { http::Method::GET } else { head.method };
-        let question =
-            Question { head, body: question.body.clone(), primary: question.primary, asked: Directives::default() };
+        let (body, primary, asked) = (question.body.clone(), question.primary, Directives::default());
+        let question = Question { head, body, primary, asked, bypass: None, own: None };
         if let Ok(Some((asking, true))) = self.join(inner, &question, key, Some(stored)) {
             self.metrics.refreshed.inc();
             self.finish(asking);

@@ -12,6 +12,9 @@
 //! others waiting for [`PATIENCE`] is cut off: a client that does not read must not stop those who do.
 //!
 //! An answer that breaks off breaks off for all who read it, and is never handed on.
+//!
+//! A stream that can be [taken up again](super::resume) is kept when its readers have left, for some time and up to its
+//! end: then it is read for nobody, up to the limit. Of one that grows beyond the limit the last part is kept.
 
 use std::{
     collections::VecDeque,
@@ -25,14 +28,19 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use futures_util::task::AtomicWaker;
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use parking_lot::Mutex;
-use tokio::time::{Instant, Sleep, sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, Sleep, sleep},
+};
 
+use super::resume::{Room, Share};
 use crate::{
     message::{Body, BoxError, Error, Kind},
-    sse::{Completion, Ended},
+    sse::{Completion, Ended, Numbering},
 };
 
 /// Frames below this size are copied: they are slices of a buffer that may be much larger, and that would live as long.
@@ -68,6 +76,8 @@ impl Budget {
         self.used.fetch_sub(bytes as u64, Ordering::Relaxed);
     }
 }
+/// So many frames are read for nobody before others have their turn.
+const IN_ONE_GO: usize = 64;
 
 /// The body of an answer that is being recorded. When the last of those who share it is dropped, so is the upstream's
 /// body, which cancels the request.
@@ -77,6 +87,8 @@ pub(super) struct Recording {
     /// Wakes all of `waiting`.
     waker: Waker,
     started: Instant,
+    /// Told when the last reader has left, and when it is no longer kept for those to come.
+    deserted: Notify,
 }
 
 struct State {
@@ -96,6 +108,21 @@ struct State {
     seats: Vec<Seat>,
     budget: Arc<Budget>,
     end: Option<End>,
+    /// Where it is kept for those who come again.
+    held: Option<Box<Held>>,
+}
+
+/// What it takes to keep a recording when nobody reads it.
+struct Held {
+    /// Where the frames that are kept begin.
+    from: Numbering,
+    /// Its part of the memory that there is for this.
+    share: Share,
+    alone: bool,
+    /// Since when nobody reads it.
+    left: Option<Instant>,
+    /// The same for the first time after its end: what has ended is not kept any longer for being asked for again.
+    over: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -193,11 +220,93 @@ impl Recording {
                 seats: Vec::new(),
                 budget,
                 end,
+                held: None,
             }),
             waker: waiting.clone().into(),
             waiting,
             started: Instant::now(),
+            deserted: Notify::new(),
         })
+    }
+
+    /// Keeps it for those who come again, from now, when nothing has come yet. It takes its memory from `share`. What is
+    /// for one `alone` is kept for nothing else.
+    pub(super) fn hold(&self, share: Share, alone: bool) {
+        let held = Held { from: Numbering::new(), share, alone, left: None, over: None };
+        self.state.lock().held = Some(Box::new(held));
+    }
+
+    /// No longer keeps it for those who come again.
+    pub(super) fn let_go(&self) {
+        self.state.lock().let_go();
+        self.deserted.notify_one();
+    }
+
+    /// Lets go of it if nobody has read it for so long. Whether it is let go.
+    pub(super) fn expire(&self, after: Duration) -> bool {
+        let mut state = self.state.lock();
+        if state.held.as_ref().and_then(|held| held.left).is_some_and(|left| left.elapsed() >= after) {
+            state.let_go();
+        }
+        state.held.is_none()
+    }
+
+    /// Since when nobody reads what is kept for those who come again.
+    pub(super) fn left(&self) -> Option<Instant> {
+        self.state.lock().held.as_ref().and_then(|held| held.left)
+    }
+
+    /// Whether nothing more will come.
+    pub(super) fn has_ended(&self) -> bool {
+        !matches!(self.state.lock().source, Source::Coming(_))
+    }
+
+    /// Waits until nobody reads it, and says since when; `None` where it is not kept for those who come again.
+    pub(super) async fn deserted(&self) -> Option<Instant> {
+        loop {
+            {
+                let state = self.state.lock();
+                let held = state.held.as_ref()?;
+                if let Some(left) = held.left {
+                    return Some(left);
+                }
+            }
+            self.deserted.notified().await;
+        }
+    }
+
+    /// Reads on for nobody, as far as there is room, until somebody is there. It need not notice that at once.
+    pub(super) async fn read_on(&self) {
+        std::future::poll_fn(|cx| {
+            self.waiting.keeper.register(cx.waker());
+            for _ in 0..IN_ONE_GO {
+                let mut state = self.state.lock();
+                if state.held.as_ref().is_none_or(|held| held.left.is_none()) {
+                    return Poll::Ready(());
+                }
+                if state.kept >= state.limit || !matches!(state.source, Source::Coming(_)) {
+                    return Poll::Pending;
+                }
+                let (found, news) = self.more(&mut state);
+                if matches!(found, Found::End | Found::Failed(_))
+                    && let Some(held) = &mut state.held
+                {
+                    let now = Instant::now();
+                    (held.left, held.over) = (Some(now), Some(now));
+                }
+                drop(state);
+                let is_pending = matches!(found, Found::Nothing);
+                if let Some(news) = news {
+                    news.tell(self);
+                }
+                if is_pending {
+                    return Poll::Pending;
+                }
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Whether more has come than is kept.
@@ -211,12 +320,92 @@ impl Recording {
         if state.gone > 0 {
             return None;
         }
+        Some(self.read_from(&mut state, 0))
+    }
+
+    /// The body from the frame in which the event with the number `after` ends, or the next begins, and how many have
+    /// ended before that frame. `None` where that is gone or has not come, and where the stream broke off then: who asks
+    /// again has to be answered by somebody else.
+    pub(super) fn reader_after(self: &Arc<Self>, after: u64) -> Option<(Reader, Numbering)> {
+        let mut state = self.state.lock();
+        let mut from = state.held.as_ref()?.from.clone();
+        if from.count() > after || from.count() == after && !from.is_between() {
+            return None;
+        }
+        let mut index = 0;
+        while from.count() < after {
+            let mut numbering = from.clone();
+            numbering.pass(&state.frames.get(index)?.data);
+            if numbering.count() >= after {
+                break;
+            }
+            (from, index) = (numbering, index + 1);
+        }
+        if matches!(state.source, Source::Failed { .. }) {
+            let mut all = from.clone();
+            state.frames.range(index..).for_each(|frame| all.pass(&frame.data));
+            if all.count() <= after {
+                return None;
+            }
+        }
+        let next = state.gone + index;
+        Some((self.read_from(&mut state, next), from))
+    }
+
+    fn read_from(self: &Arc<Self>, state: &mut State, next: usize) -> Reader {
         let slot = state.seats.iter().position(|seat| *seat == Seat::Free).unwrap_or(state.seats.len());
         if slot == state.seats.len() {
             state.seats.push(Seat::Free);
         }
-        state.seats[slot] = Seat::At(0);
-        Some(Reader { recording: self.clone(), slot, next: 0, trailed: false, patience: None })
+        state.seats[slot] = Seat::At(next);
+        if let Some(held) = &mut state.held {
+            held.left = None;
+        }
+        Reader { recording: self.clone(), slot, next, trailed: false, patience: None }
+    }
+
+    /// Asks the upstream for what nobody has seen. Beside it what others have to be told, once the lock is let go.
+    fn more(&self, state: &mut State) -> (Found, Option<News>) {
+        let found = match state.ask(&mut Context::from_waker(&self.waker)) {
+            Asked::Frame(data) => {
+                state.push(&data, self.started.elapsed());
+                Found::Frame(data)
+            }
+            Asked::Ended(found) => found,
+            Asked::Before(found) => return (found, None),
+        };
+        // A frame is the end of the recording where it is the last one, or one too many.
+        let is_end = state.over || !matches!(state.source, Source::Coming(_));
+        let told = is_end.then(|| state.end.take()).flatten().map(|end| {
+            let whole = match state.source {
+                _ if state.over => Err(Lost::TooLarge),
+                Source::Whole if !state.is_complete() => Err(Lost::Incomplete),
+                Source::Whole => Ok(state.whole(self.started.elapsed())),
+                Source::Coming(_) | Source::Failed { .. } => Err(Lost::Broken),
+            };
+            (end, whole)
+        });
+        let crowded = state.held.as_ref().and_then(|held| held.share.crowded());
+        (found, Some(News { told, crowded }))
+    }
+}
+
+/// What is new, for those who have to know.
+struct News {
+    told: Option<Told>,
+    /// There is no more memory for what is kept for those who come again.
+    crowded: Option<Arc<Room>>,
+}
+
+impl News {
+    /// Without the lock: whoever is told may look here, or drop the last of something.
+    fn tell(self, recording: &Recording) {
+        if let Some((end, whole)) = self.told {
+            end(whole);
+        }
+        if self.crowded.is_some_and(|room| !room.make()) {
+            recording.let_go();
+        }
     }
 }
 
@@ -224,15 +413,26 @@ impl State {
     fn push(&mut self, data: &Bytes, at: Duration) {
         let data = if data.len() < COPIED { Bytes::copy_from_slice(data) } else { data.clone() };
         self.kept += data.len();
-        self.over |= !self.budget.take(data.len());
         if let Some(completion) = &mut self.completion {
             completion.pass(&data);
+        }
+        match &mut self.held {
+            Some(held) => held.share.grow(data.len()),
+            None => self.over |= !self.budget.take(data.len()),
         }
         self.frames.push_back(Kept { data, at });
         self.over |= self.kept > self.limit;
     }
 
-    /// Lets go of what all readers have. Whether there is room for more then.
+    fn let_go(&mut self) {
+        let Some(held) = self.held.take() else { return };
+        // What nobody else may have, and nobody stores, need not be kept at all.
+        self.over |= held.alone;
+        self.over |= !self.budget.take(self.kept);
+    }
+
+    /// Lets go of what all readers have; of what is kept for others, only where there is no room. Whether there is room for
+    /// more then.
     fn trim(&mut self) -> bool {
         if !self.over {
             return true;
@@ -242,11 +442,21 @@ impl State {
             Seat::Free | Seat::Cut => None,
         });
         let read = places.min().map_or(0, |slowest| slowest - self.gone);
-        for kept in self.frames.drain(..read) {
-            self.kept -= kept.data.len();
-            self.budget.give_back(kept.data.len());
+        for _ in 0..read {
+            if self.held.is_some() && self.kept <= self.limit {
+                break;
+            }
+            let Some(Kept { data, .. }) = self.frames.pop_front() else { break };
+            self.kept -= data.len();
+            self.gone += 1;
+            match &mut self.held {
+                Some(held) => {
+                    held.share.shrink(data.len());
+                    held.from.pass(&data);
+                }
+                None => self.budget.give_back(data.len()),
+            }
         }
-        self.gone += read;
         self.kept <= self.limit
     }
 
@@ -351,9 +561,9 @@ enum Found {
 }
 
 impl Reader {
-    /// What is next. Beside it the end of the recording, where this is it: it is told once the lock is let go.
-    fn find(&mut self, cx: &mut Context<'_>) -> (Found, Option<Told>) {
-        let Recording { state, waiting, waker, started } = &*self.recording;
+    /// What is next, and what is new about it.
+    fn find(&mut self, cx: &mut Context<'_>) -> (Found, Option<News>) {
+        let Recording { state, waiting, .. } = &*self.recording;
         let mut state = state.lock();
         if state.seats[self.slot] == Seat::Cut {
             return (Found::Failed(Error::new(Kind::ClientTimeout, "the others waited for it")), None);
@@ -374,30 +584,16 @@ impl Reader {
         if !state.trim() {
             return (Found::Full, None);
         }
-        let found = match state.ask(&mut Context::from_waker(waker)) {
-            Asked::Frame(data) => {
-                state.push(&data, started.elapsed());
-                self.next += 1;
-                state.seats[self.slot] = Seat::At(self.next);
-                Found::Frame(data)
-            }
-            Asked::Ended(found) => found,
-            Asked::Before(found) => return (found, None),
-        };
-        // A frame is the end of the recording where it is the last one, or one too many.
-        let is_end = state.over || !matches!(state.source, Source::Coming(_));
-        let told = is_end.then(|| state.end.take()).flatten().map(|end| {
-            let whole = match state.source {
-                _ if state.over => Err(Lost::TooLarge),
-                Source::Whole if !state.is_complete() => Err(Lost::Incomplete),
-                Source::Whole => Ok(state.whole(started.elapsed())),
-                Source::Coming(_) | Source::Failed { .. } => Err(Lost::Broken),
-            };
-            (end, whole)
-        });
+        let (found, news) = self.recording.more(&mut state);
+        if matches!(found, Found::Frame(_)) {
+            self.next += 1;
+            state.seats[self.slot] = Seat::At(self.next);
+        }
         drop(state);
-        waiting.wake_others(self.slot);
-        (found, told)
+        if news.is_some() {
+            waiting.wake_others(self.slot);
+        }
+        (found, news)
     }
 }
 
@@ -415,10 +611,9 @@ impl HttpBody for Reader {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let found = loop {
-            let (found, told) = self.find(cx);
-            // Without the lock: whoever is told may look here, or drop the last of something.
-            if let Some((end, whole)) = told {
-                end(whole);
+            let (found, news) = self.find(cx);
+            if let Some(news) = news {
+                news.tell(&self.recording);
             }
             if !matches!(found, Found::Full) {
                 self.patience = None;
@@ -484,7 +679,16 @@ impl Drop for Reader {
         state.seats[self.slot] = Seat::Free;
         // It may have been the slowest.
         let has_room = state.is_full() && state.trim();
+        let is_deserted = !state.seats.iter().any(|seat| matches!(seat, Seat::At(_)));
+        let has_ended = !matches!(state.source, Source::Coming(_));
+        if is_deserted && let Some(held) = state.held.as_mut().filter(|held| held.left.is_none()) {
+            let now = Instant::now();
+            held.left = Some(if has_ended { *held.over.get_or_insert(now) } else { now });
+        }
         drop(state);
+        if is_deserted {
+            self.recording.deserted.notify_one();
+        }
         if has_room {
             self.recording.waiting.wake_others(self.slot);
         }
@@ -494,17 +698,23 @@ impl Drop for Reader {
 impl Drop for Recording {
     fn drop(&mut self) {
         let state = self.state.get_mut();
-        state.budget.give_back(state.kept);
+        if state.held.is_none() {
+            state.budget.give_back(state.kept);
+        }
     }
 }
 
 /// The readers that wait, by their slots.
 #[derive(Debug, Default)]
-struct Waiting(Mutex<Vec<Option<Waker>>>);
+struct Waiting {
+    readers: Mutex<Vec<Option<Waker>>>,
+    /// Who reads on for nobody.
+    keeper: AtomicWaker,
+}
 
 impl Waiting {
     fn add(&self, slot: usize, waker: &Waker) {
-        let mut all = self.0.lock();
+        let mut all = self.readers.lock();
         if all.len() <= slot {
             all.resize(slot + 1, None);
         }
@@ -515,14 +725,14 @@ impl Waiting {
     }
 
     fn leave(&self, slot: usize) {
-        if let Some(waker) = self.0.lock().get_mut(slot) {
+        if let Some(waker) = self.readers.lock().get_mut(slot) {
             *waker = None;
         }
     }
 
     /// They stay: a reader that is woken for each frame does not leave its waker for each frame.
     fn wake_others(&self, slot: usize) {
-        for (n, waker) in self.0.lock().iter().enumerate() {
+        for (n, waker) in self.readers.lock().iter().enumerate() {
             if let Some(waker) = waker.as_ref().filter(|_| n != slot) {
                 waker.wake_by_ref();
             }
@@ -537,6 +747,7 @@ impl Wake for Waiting {
 
     fn wake_by_ref(self: &Arc<Self>) {
         self.wake_others(usize::MAX);
+        self.keeper.wake();
     }
 }
 
@@ -547,7 +758,8 @@ mod tests {
     use proptest::prelude::*;
     use tokio::sync::mpsc;
 
-    use super::*;
+    use super::{super::resume::Streams, *};
+    use crate::sse::Labels;
 
     /// A body of what is sent, and what came of its recording.
     struct Stage {
@@ -772,6 +984,116 @@ mod tests {
         let whole = stage.end.lock().take().unwrap().unwrap();
         assert_eq!(*whole.cuts, [Cut { end: 1, at: 0 }, Cut { end: 3, at: 30 }]);
         assert_eq!(whole.took, Duration::from_millis(60));
+    }
+
+    /// A stage whose recording is kept for those who come again, and the room that it takes.
+    fn held(limit: usize, most: u64) -> (Stage, Arc<Streams>) {
+        let stage = Stage::new(limit);
+        let streams = Streams::new(Arc::default());
+        streams.limit(most);
+        stage.recording.hold(streams.room().share(), true);
+        (stage, streams)
+    }
+
+    fn after(stage: &Stage, event: u64) -> Option<String> {
+        let (mut reader, numbering) = stage.recording.reader_after(event)?;
+        let mut labels = Labels::after("r", numbering, event);
+        let rest = labels.pass(Bytes::from(read(&mut reader)));
+        Some(String::from_utf8(rest.to_vec()).unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_reads_is_read_on_up_to_the_limit_and_then_waits() {
+        let (stage, _streams) = held(40, 1 << 20);
+        let mut reader = stage.recording.reader().unwrap();
+        stage.say("data: 1\n\n");
+        assert_eq!(read(&mut reader), "data: 1\n\n");
+        drop(reader);
+        assert!(stage.recording.deserted().now_or_never().flatten().is_some());
+        for _ in 0..9 {
+            stage.say("data: 2\n\n");
+        }
+        assert!(stage.recording.read_on().now_or_never().is_none());
+        assert_eq!(stage.recording.state.lock().frames.len(), 5, "as much as there is room for, and one more");
+        let rest = after(&stage, 1).unwrap();
+        assert_eq!(rest.matches("data: 2").count(), 9, "nothing is lost: {rest}");
+        assert!(rest.ends_with("id: r.10\n\n"), "{rest}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_let_go_when_nobody_has_read_it_for_so_long() {
+        let (mut stage, _streams) = held(100, 1 << 20);
+        let secs = Duration::from_secs;
+        let mut reader = stage.recording.reader().unwrap();
+        stage.say("data: 1\n\n");
+        read(&mut reader);
+        tokio::time::advance(secs(60)).await;
+        assert!(!stage.recording.expire(secs(10)), "somebody reads it");
+        drop(reader);
+        tokio::time::advance(secs(9)).await;
+        assert!(!stage.recording.expire(secs(10)));
+        assert_eq!(after(&stage, 1).unwrap(), "", "and somebody did again");
+        tokio::time::advance(secs(9)).await;
+        assert!(!stage.recording.expire(secs(10)));
+        stage.hang_up();
+        assert!(stage.recording.read_on().now_or_never().is_none());
+        for _ in 0..2 {
+            tokio::time::advance(secs(4)).await;
+            assert_eq!(after(&stage, 0).unwrap(), "data: 1\nid: r.1\n\n", "it has ended, and is kept");
+            assert!(!stage.recording.expire(secs(10)));
+        }
+        tokio::time::advance(secs(4)).await;
+        assert_eq!(after(&stage, 1).unwrap(), "");
+        assert!(stage.recording.expire(secs(10)), "since its end, whoever asked for it meanwhile");
+        assert!(after(&stage, 1).is_none() && stage.recording.deserted().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn of_what_grows_too_large_the_last_part_is_kept() {
+        let (stage, _streams) = held(40, 1 << 20);
+        let mut reader = stage.recording.reader().unwrap();
+        for text in ["data: 1\n\n", "data: 2\n", "\n", "data: 3\n\ndata: 4\n", "\ndata: 5\n\n", "data: 6\n\n"] {
+            stage.say(text);
+        }
+        read(&mut reader);
+        assert!(stage.recording.state.lock().kept <= 40);
+        assert!(after(&stage, 1).is_none(), "the first half of the second is gone");
+        let rest = |from: usize| (from..=6).map(|n| format!("data: {n}\nid: r.{n}\n\n")).collect::<Vec<_>>().concat();
+        for n in 2..=6 {
+            assert_eq!(after(&stage, n).unwrap(), rest(usize::try_from(n).unwrap() + 1), "{n}");
+        }
+        assert!(after(&stage, 7).is_none(), "it has not come");
+    }
+
+    #[tokio::test]
+    async fn where_there_is_no_room_it_is_not_kept() {
+        let (stage, streams) = held(1000, 3000);
+        let mut reader = stage.recording.reader().unwrap();
+        stage.say("data: 1\n\n");
+        read(&mut reader);
+        assert!(after(&stage, 1).is_some());
+        let others = [streams.room().share(), streams.room().share()];
+        stage.say("data: 2\n\n");
+        assert_eq!(read(&mut reader), "data: 2\n\n");
+        assert!(after(&stage, 1).is_none());
+        stage.say("data: 3\n\n");
+        assert_eq!(read(&mut reader), "data: 3\n\n", "who reads it gets all");
+        assert!(read(&mut reader).is_empty() && stage.recording.state.lock().frames.is_empty());
+        drop(others);
+    }
+
+    #[tokio::test]
+    async fn of_what_broke_off_only_what_was_missed_can_be_taken_up() {
+        let (stage, _streams) = held(100, 1 << 20);
+        let mut reader = stage.recording.reader().unwrap();
+        stage.say("data: 1\n\ndata: 2\n\n");
+        stage.send.send(Err(Error::from(Kind::UpstreamReset).into())).unwrap();
+        reader.frame().await.unwrap().unwrap();
+        reader.frame().await.unwrap().unwrap_err();
+        let (mut again, _) = stage.recording.reader_after(1).unwrap();
+        again.frame().await.unwrap().unwrap();
+        again.frame().await.unwrap().unwrap_err();
+        assert!(stage.recording.reader_after(2).is_none(), "the upstream is asked again");
     }
 
     proptest! {

@@ -101,6 +101,15 @@ impl CacheStatus {
     pub(super) fn append(&self, headers: &mut HeaderMap) {
         headers.append(CACHE_STATUS, self.value());
     }
+
+    /// Takes back what was [said](Self::append) last.
+    pub(super) fn remove(headers: &mut HeaderMap) {
+        let said: Vec<_> = headers.get_all(CACHE_STATUS).iter().cloned().collect();
+        headers.remove(CACHE_STATUS);
+        for value in said.iter().take(said.len().saturating_sub(1)) {
+            headers.append(CACHE_STATUS, value.clone());
+        }
+    }
 }
 
 /// The largest integer of a structured field (RFC 9651 §3.3.1).

@@ -25,10 +25,14 @@ use super::{
     purge::Names,
     range::{self, Selected},
     recording::{Cut, Whole},
+    resume::{self, Id, Last},
     status::CacheStatus,
     validate::{self, Evaluation},
 };
-use crate::message::{Body, BoxError, Response};
+use crate::{
+    message::{Body, BoxError, Response},
+    sse::Numbering,
+};
 
 /// What one takes beside its bytes: itself, the tables that it stands in.
 const OVERHEAD: usize = 512;
@@ -47,6 +51,8 @@ pub(super) struct Stored {
     pub(super) basis: Basis,
     /// What it took the upstream.
     pub(super) took: Duration,
+    /// The name by which a stream can be taken up again.
+    pub(super) id: Option<Id>,
 }
 
 /// What is known of the purges that it has survived.
@@ -103,6 +109,7 @@ impl Stored {
             names,
             basis,
             took: took + whole.took,
+            id: None,
         }
     }
 
@@ -118,6 +125,7 @@ impl Stored {
             names: self.names.clone(),
             basis,
             took: self.took,
+            id: self.id,
         }
     }
 
@@ -176,6 +184,31 @@ impl Stored {
         Some(response)
     }
 
+    /// The rest of a stream for a client that takes it up again; `None` where it has had more than there is.
+    pub(super) fn rest(&self, last: Last, status: CacheStatus, now: SystemTime) -> Option<Response> {
+        let mut numbering = Numbering::new();
+        let mut rest = &*self.body;
+        while numbering.count() < last.event {
+            numbering.next(&mut rest)?;
+        }
+        let body = resume::rest(last, numbering, self.from(self.body.len() - rest.len()));
+        let mut response = Response::new(body);
+        *response.status_mut() = self.status;
+        response.headers_mut().clone_from(&self.headers);
+        response.headers_mut().insert(AGE, HeaderValue::from(self.life.age(now).as_secs()));
+        status.append(response.headers_mut());
+        Some(response)
+    }
+
+    /// The body from this byte on, at once.
+    fn from(&self, at: usize) -> Body {
+        let body = self.body.slice(at..);
+        match &self.trailers {
+            None => body.into(),
+            Some(_) => Body::new(Trailed { body, trailers: self.trailers.clone() }),
+        }
+    }
+
     fn content(self: &Arc<Self>, head: &Parts, headers: &mut HeaderMap, response: &mut Response, pace: Pace) {
         let selected = if self.status == StatusCode::OK && head.method == Method::GET {
             range::select(&head.headers, &self.headers, self.body.len() as u64)
@@ -185,12 +218,13 @@ impl Stored {
         let length = self.body.len() as u64;
         match selected {
             Selected::Full => {
-                *response.body_mut() = match pace {
+                let body = match pace {
                     Pace::Times(speed) if !self.cuts.is_empty() => Body::new(Paced::new(self.clone(), speed)),
-                    Pace::Instant | Pace::Times(_) if self.trailers.is_none() => self.body.clone().into(),
-                    Pace::Instant | Pace::Times(_) => {
-                        Body::new(Trailed { body: self.body.clone(), trailers: self.trailers.clone() })
-                    }
+                    Pace::Instant | Pace::Times(_) => self.from(0),
+                };
+                *response.body_mut() = match self.id {
+                    Some(id) => resume::numbered(id, body),
+                    None => body,
                 };
             }
             Selected::Part(part) => {
@@ -209,7 +243,7 @@ impl Stored {
 
 /// Copies of the values. As they came, each is a slice of what was read from the upstream's connection at once, which
 /// may be a hundred times as large as the answer, and would live as long.
-fn own(mut headers: HeaderMap) -> HeaderMap {
+pub(super) fn own(mut headers: HeaderMap) -> HeaderMap {
     for value in headers.values_mut() {
         if let Ok(copy) = HeaderValue::from_bytes(value.as_bytes()) {
             *value = copy;

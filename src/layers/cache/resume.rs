@@ -1,0 +1,377 @@
+//! Streams that are taken up again by a client that lost its connection (WHATWG HTML §9.2.4, `Last-Event-ID`).
+//!
+//! Each event gets an `id` that names the recording and the event's number in it. The recording is kept when its last
+//! client has left, and read on for nobody; who comes again with an id, and asks the same as the same, gets what comes
+//! after that event and then what comes live. An id that is not known, because its recording is gone, is as good as none.
+//!
+//! What may be shared is one recording for all who read it, and found by whoever may read along, or in the store. What
+//! may not, such as an answer to a question whose answers are not kept, is a recording of its own, for the one who asked.
+//! It is in this process: another one answers as if it were not there.
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    fmt,
+    pin::Pin,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{Extensions, HeaderMap, HeaderName, StatusCode, Version};
+use http_body::{Body as HttpBody, Frame};
+use parking_lot::Mutex;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::{task::JoinSet, time::timeout_at};
+
+use super::{kept::Asking, key::Key, recording::Recording};
+use crate::{
+    message::{Body, BoxError, Response},
+    sse::{self, Labels, Numbering},
+};
+
+/// WHATWG HTML §9.2.4.
+pub(super) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+
+/// What a stream takes beside its bytes: its head, its task, the tables that it stands in.
+const OVERHEAD: u64 = 2048;
+/// What a frame takes beside its bytes.
+const FRAME: u64 = 64;
+
+/// The name of a recording, which nobody can guess: 128 random bits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Id([u8; 16]);
+
+impl Id {
+    /// A new one; `None` where the system has no random numbers.
+    pub(super) fn new() -> Option<Self> {
+        let mut id = [0; 16];
+        SystemRandom::new().fill(&mut id).ok()?;
+        Some(Self(id))
+    }
+
+    fn hex(self) -> String {
+        format!("{:032x}", u128::from_be_bytes(self.0))
+    }
+}
+
+/// Not what it is: who knows it may have the stream.
+impl fmt::Debug for Id {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Id")
+    }
+}
+
+/// The last event that a client has had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Last {
+    pub(super) id: Id,
+    pub(super) event: u64,
+}
+
+impl Last {
+    /// What the request says, if it is one of ours: 32 hexadecimal digits, a dot, and a number.
+    pub(super) fn of(headers: &HeaderMap) -> Option<Self> {
+        let mut values = headers.get_all(LAST_EVENT_ID).iter();
+        let (value, None) = (values.next()?, values.next()) else { return None };
+        let (id, event) = value.to_str().ok()?.split_once('.')?;
+        let is = |text: &str, digits: &[u8]| text.bytes().all(|byte| digits.contains(&byte));
+        let is_ours =
+            id.len() == 32 && is(id, b"0123456789abcdef") && is(event, b"0123456789") && !event.starts_with('0');
+        let id = u128::from_str_radix(id, 16).ok().filter(|_| is_ours)?;
+        Some(Self { id: Id(id.to_be_bytes()), event: event.parse().ok()? })
+    }
+}
+
+/// Whether the events of a response can be given ids.
+pub(super) fn fits<B: HttpBody>(response: &http::Response<B>) -> bool {
+    response.status() == StatusCode::OK && sse::has_room(response)
+}
+
+/// For how long the streams of a route can be taken up again, and where they are.
+#[derive(Debug, Clone)]
+pub(super) struct Resume {
+    pub(super) streams: Arc<Streams>,
+    pub(super) after: Duration,
+}
+
+/// Who may take up a stream again.
+#[derive(Debug, Clone)]
+pub(super) enum Whose {
+    /// Whoever asks this question.
+    All { key: Key, vary: Vec<HeaderName> },
+    /// Who asked it.
+    One(Key),
+}
+
+/// A stream that can be taken up again.
+pub(super) struct Stream {
+    pub(super) whose: Whose,
+    pub(super) status: StatusCode,
+    pub(super) version: Version,
+    pub(super) headers: HeaderMap,
+    pub(super) extensions: Extensions,
+    pub(super) recording: Arc<Recording>,
+    /// As long as it is there, others find the answer.
+    pub(super) asking: Option<Asking>,
+    /// Whether anybody got an id of it.
+    pub(super) is_known: Arc<AtomicBool>,
+}
+
+/// Those of a route. They outlive a configuration.
+pub(super) struct Streams {
+    room: Arc<Room>,
+    all: Mutex<HashMap<Id, Arc<Stream>>>,
+    tasks: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl fmt::Debug for Streams {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Streams").field("count", &self.all.lock().len()).finish_non_exhaustive()
+    }
+}
+
+impl Streams {
+    /// With a task for each stream among `tasks`.
+    pub(super) fn new(tasks: Arc<Mutex<JoinSet<()>>>) -> Arc<Self> {
+        Arc::new_cyclic(|streams| {
+            let room = Room { used: AtomicU64::new(0), most: AtomicU64::new(0), streams: streams.clone() };
+            Self { room: Arc::new(room), all: Mutex::default(), tasks }
+        })
+    }
+
+    /// How much memory they may take, in bytes. Those that there are do so.
+    pub(super) fn limit(&self, most: u64) {
+        self.room.most.store(most, Ordering::Relaxed);
+    }
+
+    pub(super) fn room(&self) -> &Arc<Room> {
+        &self.room
+    }
+
+    fn remove(&self, id: Id) {
+        let stream = self.all.lock().remove(&id);
+        // Without the lock: it may be the last of something.
+        if let Some(stream) = stream {
+            stream.recording.let_go();
+        }
+    }
+
+    /// Lets go of what nobody reads, until no more than this is taken: first what has ended, then what still comes, of
+    /// each what was left first.
+    pub(super) fn shrink(&self, most: u64) {
+        let mut gone = Vec::new();
+        {
+            let mut all = self.all.lock();
+            let left = |(id, stream): (&Id, &Arc<Stream>)| {
+                let recording = &stream.recording;
+                Some((!recording.has_ended(), recording.left()?, *id))
+            };
+            let mut left: Vec<_> = all.iter().filter_map(left).collect();
+            left.sort_unstable_by_key(|&(is_coming, left, _)| (is_coming, left));
+            for (.., id) in left {
+                if self.room.used.load(Ordering::Relaxed) <= most {
+                    break;
+                }
+                if let Some(stream) = all.remove(&id) {
+                    stream.recording.let_go();
+                    gone.push(stream);
+                }
+            }
+        }
+        drop(gone);
+    }
+}
+
+impl Resume {
+    /// The body of one who reads the stream from its beginning, which from now on can be taken up again. The recording is
+    /// [held](Recording::hold), and somebody reads it.
+    pub(super) fn begin<B>(&self, id: Id, body: B, stream: impl FnOnce() -> Stream) -> Body
+    where
+        B: HttpBody<Data = Bytes, Error = BoxError> + Send + Unpin + 'static,
+    {
+        let streams = Arc::downgrade(&self.streams);
+        let mut all = self.streams.all.lock();
+        let is_known = match all.entry(id) {
+            Entry::Occupied(stream) => stream.get().is_known.clone(),
+            Entry::Vacant(place) => {
+                let stream = place.insert(Arc::new(stream())).clone();
+                let is_known = stream.is_known.clone();
+                let mut tasks = self.streams.tasks.lock();
+                while tasks.try_join_next().is_some() {}
+                tasks.spawn(keep(streams.clone(), id, stream, self.after));
+                is_known
+            }
+        };
+        drop(all);
+        let recorded = Recorded { streams, id, is_known };
+        Body::new(Numbered { body, labels: Labels::new(id.hex()), recorded: Some(recorded), _asking: None })
+    }
+
+    /// The rest of a stream, after the last event that the client has had, if it `is` the client's.
+    pub(super) fn take_up(&self, last: Last, is: impl FnOnce(&Whose) -> bool) -> Option<Response> {
+        let stream = self.streams.all.lock().get(&last.id).filter(|stream| is(&stream.whose)).cloned()?;
+        let (reader, numbering) = stream.recording.reader_after(last.event)?;
+        let body = Numbered {
+            body: reader,
+            labels: Labels::after(last.id.hex(), numbering, last.event),
+            recorded: Some(Recorded {
+                streams: Arc::downgrade(&self.streams),
+                id: last.id,
+                is_known: stream.is_known.clone(),
+            }),
+            _asking: stream.asking.clone(),
+        };
+        let mut response = Response::new(Body::new(body));
+        *response.status_mut() = stream.status;
+        *response.version_mut() = stream.version;
+        *response.headers_mut() = stream.headers.clone();
+        *response.extensions_mut() = stream.extensions.clone();
+        Some(response)
+    }
+}
+
+/// Holds a stream for as long as somebody reads it, and for this long after.
+async fn keep(streams: Weak<Streams>, id: Id, stream: Arc<Stream>, after: Duration) {
+    while let Some(left) = stream.recording.deserted().await {
+        // Without an id nobody can come again.
+        if !stream.is_known.load(Ordering::Relaxed) {
+            break;
+        }
+        timeout_at(left + after, stream.recording.read_on()).await.ok();
+        if stream.recording.expire(after) {
+            break;
+        }
+    }
+    if let Some(streams) = streams.upgrade() {
+        streams.remove(id);
+    }
+}
+
+/// The memory that there is for the streams of a route.
+#[derive(Debug)]
+pub(super) struct Room {
+    used: AtomicU64,
+    most: AtomicU64,
+    streams: Weak<Streams>,
+}
+
+impl Room {
+    /// A part for one more stream.
+    pub(super) fn share(self: &Arc<Self>) -> Share {
+        self.used.fetch_add(OVERHEAD, Ordering::Relaxed);
+        Share { room: self.clone(), bytes: OVERHEAD }
+    }
+
+    /// Makes room, some more than is lacking, so that the next to come does not have to. Whether there is some then.
+    pub(super) fn make(&self) -> bool {
+        let most = self.most.load(Ordering::Relaxed);
+        if let Some(streams) = self.streams.upgrade() {
+            streams.shrink(most - most / 16);
+        }
+        self.used.load(Ordering::Relaxed) <= most
+    }
+}
+
+/// What a stream takes of a [`Room`].
+pub(super) struct Share {
+    room: Arc<Room>,
+    bytes: u64,
+}
+
+impl Share {
+    /// A frame has come.
+    pub(super) fn grow(&mut self, len: usize) {
+        let bytes = len as u64 + FRAME;
+        self.bytes += bytes;
+        self.room.used.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// A frame is gone.
+    pub(super) fn shrink(&mut self, len: usize) {
+        let bytes = len as u64 + FRAME;
+        self.bytes -= bytes;
+        self.room.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// The room, where more is taken than there is.
+    pub(super) fn crowded(&self) -> Option<Arc<Room>> {
+        let is = self.room.used.load(Ordering::Relaxed) > self.room.most.load(Ordering::Relaxed);
+        is.then(|| self.room.clone())
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.room.used.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A stream whose events get ids.
+struct Numbered<B> {
+    body: B,
+    labels: Labels,
+    /// Where it can be taken up again: until it has ids of its own.
+    recorded: Option<Recorded>,
+    _asking: Option<Asking>,
+}
+
+/// Where a stream can be taken up again.
+struct Recorded {
+    streams: Weak<Streams>,
+    id: Id,
+    is_known: Arc<AtomicBool>,
+}
+
+/// A stream that was stored, with the ids that it had when it came.
+pub(super) fn numbered(id: Id, body: Body) -> Body {
+    Body::new(Numbered { body, labels: Labels::new(id.hex()), recorded: None, _asking: None })
+}
+
+/// The rest of a stream that was stored, where `numbering` has read up to the last event that the client has had.
+pub(super) fn rest(last: Last, numbering: Numbering, body: Body) -> Body {
+    let labels = Labels::after(last.id.hex(), numbering, last.event);
+    Body::new(Numbered { body, labels, recorded: None, _asking: None })
+}
+
+impl<B: HttpBody<Data = Bytes, Error = BoxError> + Unpin> HttpBody for Numbered<B> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        loop {
+            let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+                Some(Ok(frame)) => frame,
+                end => return Poll::Ready(end),
+            };
+            let data = match frame.into_data() {
+                Ok(data) => this.labels.pass(data),
+                Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+            };
+            if let Some(recorded) = &this.recorded
+                && this.labels.has_begun()
+            {
+                recorded.is_known.store(true, Ordering::Relaxed);
+            }
+            if this.labels.is_over()
+                && let Some(Recorded { streams, id, .. }) = this.recorded.take()
+                && let Some(streams) = streams.upgrade()
+            {
+                // Its own ids are the upstream's to make sense of.
+                streams.remove(id);
+            }
+            // Of what the client has had, nothing.
+            if !data.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(data))));
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
