@@ -192,7 +192,7 @@ impl Labels {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::BYTE_ORDER_MARK, *};
 
     fn labelled<'a>(labels: &mut Labels, frames: impl IntoIterator<Item = &'a [u8]>) -> String {
         let passed = frames.into_iter().map(|frame| labels.pass(Bytes::copy_from_slice(frame)));
@@ -344,6 +344,9 @@ mod tests {
             let had = numbering.count();
             if had < after as u64 || had == after as u64 && numbering.is_between() {
                 let rest = labelled(&mut Labels::after("~", numbering, after as u64), kept.iter().copied());
+                // In the middle of a stream a byte order mark is part of a line; to who begins to read there it is none. No
+                // server sends one.
+                prop_assume!(!rest.as_bytes().starts_with(&BYTE_ORDER_MARK));
                 prop_assert_eq!(&received(rest.as_bytes())[..], &all[after..]);
             }
         }

@@ -25,7 +25,7 @@ pub struct Config {
     /// How long after it opened, and after the first failed probe, Redis is probed, 10ms to 1m. Doubles up to
     /// `max_recovery`. Default `100ms`.
     pub recovery: HumanDuration,
-    /// The longest time between two probes; not below `recovery`, at most 10m. Default `1s`.
+    /// The longest time between two probes; not below `recovery`, at most 10m. Default `250ms`.
     pub max_recovery: HumanDuration,
 }
 
@@ -34,7 +34,7 @@ impl Default for Config {
         Self {
             failures: NonZeroU32::new(3).unwrap_or(NonZeroU32::MIN),
             recovery: HumanDuration::from_millis(100),
-            max_recovery: HumanDuration::from_secs(1),
+            max_recovery: HumanDuration::from_millis(250),
         }
     }
 }
@@ -178,7 +178,7 @@ mod tests {
         let mut breaker = closed(now);
         assert!(breaker.failure(Charge::Trips, 1, now));
         assert_eq!(breaker.probe_at(), Some(now), "the first at once");
-        for wait in [100, 200, 400, 800, 1000, 1000] {
+        for wait in [100, 200, 250, 250] {
             assert_eq!(breaker.probed(false, now), None);
             assert_eq!(breaker.probe_at(), Some(now + ms(wait)));
             now += ms(wait);
@@ -186,7 +186,7 @@ mod tests {
         assert_eq!(breaker.probed(true, now), Some(2));
         assert_eq!(breaker.probe_at(), None);
         assert!(breaker.failure(Charge::Trips, 2, now));
-        assert_eq!(breaker.probe_at(), Some(now + ms(1000)), "it answered a probe and no call");
+        assert_eq!(breaker.probe_at(), Some(now + ms(250)), "it answered a probe and no call");
         breaker.probed(true, now);
         breaker.success(3);
         assert!(breaker.failure(Charge::Trips, 3, now));

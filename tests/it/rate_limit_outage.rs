@@ -182,6 +182,7 @@ async fn a_redis_that_fails_over() {
     .await;
     up(&proxy).await;
     figure(&format!("failed over: Redis counts again after {}", ms(started.elapsed())));
+    assert!(started.elapsed() < Duration::from_secs(2), "with the time that Sentinel takes");
     told("failed over", running, &proxy).await;
 }
 
