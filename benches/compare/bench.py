@@ -236,12 +236,14 @@ def kinds(sidegates: dict[str, str], hyper_min: str) -> dict[str, Kind]:
 def limited_kinds(sidegate: str, redis: int) -> list[Kind]:
     """Without limits; with three rules in Redis, and in memory; and with one of them used up."""
     store = ("{redis}", f'redis: {{ url: "redis://127.0.0.1:{redis}" }}')
+    # What the others have counted would refuse its first request, too.
+    apart = ("{redis}", f'redis: {{ url: "redis://127.0.0.1:{redis}", prefix: denied }}')
     run, wide = [sidegate, "run", "{config}"], ("{limit}", "1000000000")
     return [
         Kind("sidegate", run, "sidegate.yaml", one_port=True),
         Kind("limited", run, "limited.yaml", (store, wide), one_port=True),
         Kind("in memory", run, "limited.yaml", (("{redis}", ""), wide), one_port=True),
-        Kind("denied", run, "limited.yaml", (store, ("{limit}", "1")), one_port=True),
+        Kind("denied", run, "limited.yaml", (apart, ("{limit}", "1")), one_port=True),
     ]
 
 
