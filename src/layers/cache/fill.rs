@@ -174,10 +174,7 @@ where
             if job.is_enough(&found, SystemTime::now()) {
                 return Outcome::Shared(found, key);
             }
-            // Another method would do something else on a condition (RFC 9110 §13.1.2).
-            if job.head.method == Method::GET {
-                validate::conditions(&mut job.head.headers, &found.headers);
-            }
+            validate::conditions(&job.head.method, &mut job.head.headers, Some(&found.headers));
             request.headers_mut().clone_from(&job.head.headers);
             (job.stale, job.key) = (Some(found), key);
         }
@@ -213,7 +210,7 @@ where
         if !validate::selects(&stale.headers, response.headers()) {
             // About another answer than ours (§4.3.4): this one is asked for without a condition.
             let mut head = job.head.clone();
-            validate::conditions(&mut head.headers, &HeaderMap::new());
+            validate::conditions(&head.method, &mut head.headers, None);
             let again = Request::from_parts(head, Body::empty());
             return Box::pin(upstream(inner, again, Job { stale: None, ..job }, place)).await;
         }

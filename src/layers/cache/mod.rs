@@ -85,7 +85,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use futures_util::{FutureExt, future::BoxFuture};
 use http::{
-    HeaderMap, HeaderName, Uri,
+    HeaderName, Uri,
     header::{
         CONTENT_ENCODING, CONTENT_LOCATION, CONTENT_TYPE, EXPECT, HOST, IF_MATCH, IF_NONE_MATCH, IF_UNMODIFIED_SINCE,
         LOCATION, RANGE, SET_COOKIE,
@@ -952,10 +952,7 @@ impl Gate {
         let joined = self.kept.join(key, &names, &question.asked, stale.clone().as_ref(), |place| {
             let mut head = question.head.clone();
             // What the client would do with an answer that it has is decided when the answer is there.
-            let none = HeaderMap::new();
-            // Another method would do something else on a condition (RFC 9110 §13.1.2).
-            let known = stale.as_ref().filter(|_| head.method == http::Method::GET);
-            validate::conditions(&mut head.headers, known.map_or(&none, |stale| &stale.headers));
+            validate::conditions(&head.method, &mut head.headers, stale.as_ref().map(|stale| &stale.headers));
             let job = Job {
                 head: head.clone(),
                 primary: question.primary,

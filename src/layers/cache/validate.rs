@@ -26,11 +26,14 @@ const CONTENT_MD5: HeaderName = HeaderName::from_static("content-md5");
 
 /// Makes the request for an answer the question whether the `stored` one still holds (§4.3.1).
 ///
-/// What the client asked on its own condition, or for a part, would be answered for its copy and not for ours.
-pub(super) fn conditions(head: &mut HeaderMap, stored: &HeaderMap) {
+/// What the client asked on its own condition, or for a part, would be answered for its copy and not for ours. Without a
+/// stored one, and by another method than `GET`, which would do something else on a condition (RFC 9110 §13.1.2), none is
+/// left.
+pub(super) fn conditions(method: &Method, head: &mut HeaderMap, stored: Option<&HeaderMap>) {
     for name in [IF_MATCH, IF_NONE_MATCH, IF_MODIFIED_SINCE, IF_UNMODIFIED_SINCE, IF_RANGE, RANGE] {
         head.remove(name);
     }
+    let Some(stored) = stored.filter(|_| method == Method::GET) else { return };
     // As they came, both: an upstream that knows entity tags passes over the date (RFC 9110 §13.1.3).
     for (asked, known) in [(IF_NONE_MATCH, ETAG), (IF_MODIFIED_SINCE, LAST_MODIFIED)] {
         if let Some(validator) = stored.get(known).filter(|value| !value.is_empty()) {
@@ -264,7 +267,7 @@ mod tests {
         ];
         let ours = |stored: &[(&str, &str)]| {
             let mut head = map(&client);
-            conditions(&mut head, &map(stored));
+            conditions(&Method::GET, &mut head, Some(&map(stored)));
             head
         };
         let both = [("etag", "W/\"ours\""), ("last-modified", OLD)];
