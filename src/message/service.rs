@@ -11,6 +11,20 @@ use tower::{Layer, Service};
 
 use super::{BoxError, Request, Response};
 
+/// A service that a layer may call when it likes, and as often: what is inside of one that waits before it calls, or calls
+/// again.
+///
+/// Everything that fits is one. `Sync` is not asked for: [`BoxCloneService`](tower::util::BoxCloneService) is not.
+pub trait CloneService:
+    Service<Request, Response = Response, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static
+{
+}
+
+impl<S> CloneService for S where
+    S: Service<Request, Response = Response, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static
+{
+}
+
 /// A service behind one of the joints at which types are erased, as between the route table and a route.
 ///
 /// It is shared, and the service inside is cloned for each call where it stands: tower's own boxes are

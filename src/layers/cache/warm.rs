@@ -20,7 +20,7 @@ use tokio::{sync::Semaphore, time::sleep};
 use tower::Service;
 use tracing::{info, warn};
 
-use super::{Gate, fill::Outcome, kept::Entry, stored::Stored};
+use super::{fill::Outcome, gate::Gate, kept::Entry, question::Question, stored::Stored};
 use crate::{
     message::{
         BoxError, Request as Asked, Response,
@@ -234,7 +234,7 @@ where
         }
     }
 
-    fn question(&self) -> Option<super::Question> {
+    fn question(&self) -> Option<Question> {
         let mut request = self.warmed.request();
         let exchange = Exchange::new(&request);
         exchange.facts().https = self.warmed.https();
@@ -242,7 +242,7 @@ where
         if let Some(parameters) = &self.parameters {
             request.extensions_mut().insert(parameters.clone());
         }
-        self.gate.question(request.into_parts().0, Bytes::new()).ok()
+        Question::new(request.into_parts().0, Bytes::new(), &self.gate.route, &self.gate.config).ok()
     }
 
     /// How long until it has to be asked for again: `refresh` before it is stale, or the last tenth of its time. `None`

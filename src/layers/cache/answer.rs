@@ -1,0 +1,258 @@
+//! How a request is answered: from what is kept, by the upstream, or as if there were no cache.
+
+use std::{mem, sync::Arc, time::SystemTime};
+
+use http::header::RANGE;
+use tower::Service;
+
+use super::{
+    freshness::Verdict,
+    gate::Gate,
+    hub,
+    kept::Entry,
+    key::Key,
+    purge::Standing,
+    question::{Part, Question, gather},
+    resume::{LAST_EVENT_ID, Last, Whose},
+    shared::{Holds, Sought},
+    status::{CacheStatus, Forward},
+    stored::{Basis, Stored},
+    upstream::Step,
+    validate,
+};
+use crate::{
+    message::{BoxError, CloneService, Error, Kind, Request, Response, asks_for_tunnel},
+    telemetry::exchange::CacheOutcome,
+};
+
+/// How often a request may find out that the answer it waited for is another's, before it goes on by itself.
+const ROUNDS: usize = 3;
+
+/// There is no stored answer, and only such a one was asked for.
+const NOT_CACHED: Kind = Kind::Custom {
+    slug: "not-cached",
+    status: http::StatusCode::GATEWAY_TIMEOUT,
+    detail: "The request asks for a stored answer only, and there is none.",
+};
+
+impl Gate {
+    /// The answer to a request of the route.
+    pub(super) async fn serve<S>(self: Arc<Self>, inner: S, request: Request) -> Result<Response, BoxError>
+    where
+        S: CloneService + Sync,
+    {
+        if asks_for_tunnel(&request) {
+            let status = CacheStatus { detail: Some("upgrade"), ..CacheStatus::forwarded(Forward::Bypass) };
+            return self.pass(inner, request, status).await;
+        }
+        let (mut head, body) = request.into_parts();
+        let last = self.resume.as_ref().and_then(|_| Last::of(&head.headers));
+        if last.is_some() {
+            // Nobody but us knows what it means.
+            head.headers.remove(LAST_EVENT_ID);
+        }
+        match Part::of(&head, &self.config) {
+            Part::Look => {}
+            Part::None(why, detail) => {
+                let status = CacheStatus { detail, ..CacheStatus::forwarded(why) };
+                return self.pass(inner, Request::from_parts(head, body), status).await;
+            }
+            Part::Drop => return self.change(inner, Request::from_parts(head, body)).await,
+        }
+        let body = match gather(body, Question::most(&head, &self.config)).await? {
+            Ok(body) => body,
+            Err(body) => {
+                let status = CacheStatus { detail: Some("body-too-large"), ..CacheStatus::forwarded(Forward::Bypass) };
+                return self.pass(inner, Request::from_parts(head, body), status).await;
+            }
+        };
+        match Question::new(head, body, &self.route, &self.config) {
+            Ok(question) => {
+                if let Some(response) = last.and_then(|last| self.take_up(&question, last)) {
+                    return Ok(response);
+                }
+                let Some(why) = question.bypass else { return self.answer(inner, question).await };
+                let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
+                self.pass_question(inner, question, status).await
+            }
+            Err((request, why)) => {
+                let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
+                self.pass(inner, request, status).await
+            }
+        }
+    }
+
+    /// The rest of a stream of which the client has had a part, if it is the client's and at hand.
+    fn take_up(&self, question: &Question, last: Last) -> Option<Response> {
+        let (resume, own) = (self.resume.as_ref()?, question.own?);
+        let is = |whose: &Whose| match whose {
+            Whose::All { key, vary } => question.variant(vary) == *key,
+            Whose::One(key) => own == *key,
+        };
+        let status = CacheStatus { detail: Some("resumed"), ..CacheStatus::HIT };
+        let coming = resume.take_up(last, is).map(|mut response| {
+            status.append(response.headers_mut());
+            response
+        });
+        let response = coming.or_else(|| match self.kept.look(question.primary, None, &question.head.headers) {
+            (_, Some(Entry::Answer(stored))) if stored.id == Some(last.id) => {
+                stored.rest(last, status, SystemTime::now())
+            }
+            _ => None,
+        })?;
+        self.note(&question.head, CacheOutcome::Resumed);
+        Some(response)
+    }
+
+    /// The answer to a question that may be kept.
+    async fn answer<S>(self: Arc<Self>, inner: S, question: Question) -> Result<Response, BoxError>
+    where
+        S: CloneService + Sync,
+    {
+        let mut status = CacheStatus::forwarded(Forward::UriMiss);
+        let (mut variant, mut has_looked) = (None, false);
+        for _ in 0..ROUNDS {
+            let (key, entry) = self.kept.look(question.primary, variant, &question.head.headers);
+            let (entry, is_known) = self.known(&question, key, entry).await;
+            let stale = match entry {
+                Some(Entry::Answer(stored)) => {
+                    if is_known && let Some(response) = self.stored(&inner, &question, key, &stored) {
+                        return Ok(response);
+                    }
+                    let is_fresh = stored.life.remaining(SystemTime::now()) > 0;
+                    status = CacheStatus::forwarded(if is_fresh { Forward::Request } else { Forward::Stale });
+                    Some(stored)
+                }
+                Some(Entry::Pass) => {
+                    status.detail = Some("not-kept");
+                    break;
+                }
+                None if key != question.primary => {
+                    status = CacheStatus::forwarded(Forward::VaryMiss);
+                    None
+                }
+                Some(Entry::Varies(_)) | None => None,
+            };
+            // A part is asked for as a part, and only `GET` brings what could be kept. What shall not be stored is not
+            // shared either.
+            let is_part = stale.is_none() && question.head.headers.contains_key(RANGE);
+            let is_alone = is_part || question.head.method == http::Method::HEAD || question.asked.no_store;
+            if stale.is_none() && (is_alone || question.asked.only_if_cached) && !mem::replace(&mut has_looked, true) {
+                // Another replica may have all of it.
+                if self.fetch(&question, key).await {
+                    continue;
+                }
+            }
+            if question.asked.only_if_cached {
+                // §5.2.1.7.
+                self.note(&question.head, CacheOutcome::Bypass);
+                return Err(Error::from(NOT_CACHED).into());
+            }
+            if is_alone {
+                return self.pass_beside(inner, question, status, stale.map(|stale| (key, stale))).await;
+            }
+            match self.upstream(&inner, &question, key, stale, &mut status).await {
+                Step::Done(response) => return response,
+                Step::Again(of) => variant = of.or(variant),
+                Step::Alone => break,
+            }
+        }
+        self.pass_question(inner, question, CacheStatus { collapsed: false, ..status }).await
+    }
+
+    /// Lets the request go on by itself. An answer to `HEAD` may tell that the stored one holds no more (§4.3.5).
+    async fn pass_beside<S>(
+        &self,
+        inner: S,
+        question: Question,
+        status: CacheStatus,
+        stale: Option<(Key, Arc<Stored>)>,
+    ) -> Result<Response, BoxError>
+    where
+        S: Service<Request, Response = Response, Error: Into<BoxError>>,
+    {
+        let is_head = question.head.method == http::Method::HEAD;
+        let response = self.pass_question(inner, question, status).await?;
+        if let Some((key, stored)) = stale
+            && is_head
+            && response.status() == stored.status
+            && !validate::head_agrees(&stored.headers, response.headers())
+        {
+            self.kept.remove(&key);
+            if let Some(shared) = &self.terms.shared {
+                shared.remove(key);
+            }
+        }
+        Ok(response)
+    }
+
+    /// What is stored, if it may be given.
+    fn stored<S>(&self, inner: &S, question: &Question, key: Key, stored: &Arc<Stored>) -> Option<Response>
+    where
+        S: CloneService + Sync,
+    {
+        let now = SystemTime::now();
+        let verdict = stored.life.verdict(&question.asked, now);
+        let outcome = match verdict {
+            Verdict::Validate => return None,
+            Verdict::Fresh => CacheOutcome::Hit,
+            Verdict::Refresh | Verdict::Stale => CacheOutcome::Stale,
+        };
+        let soon = self.config.refresh.as_ref().map_or(0, |soon| soon.get().as_secs());
+        let (left, age) = (stored.life.remaining(now), stored.life.age(now).as_secs());
+        // Once a second at most, where answers live for no longer.
+        let is_due = i64::try_from(soon).is_ok_and(|soon| left < soon) && age > 0;
+        let response = stored.response(&question.head, CacheStatus::HIT, now, self.pace)?;
+        if verdict == Verdict::Refresh || verdict == Verdict::Fresh && is_due {
+            self.refresh(inner, question, key, stored.clone());
+        }
+        self.spared(question, outcome, stored);
+        Some(response)
+    }
+
+    /// What is kept here, after a look at what other replicas may have purged, where this one did not hear them; and whether
+    /// it may be given without asking the upstream.
+    async fn known(&self, question: &Question, key: Key, entry: Option<Entry>) -> (Option<Entry>, bool) {
+        let (Some(Entry::Answer(stored)), Some(shared)) = (&entry, &self.terms.shared) else { return (entry, true) };
+        if shared.is_known(stored) {
+            return (entry, true);
+        }
+        let number = self.kept.purges.now();
+        match shared.check(stored, question.head.extensions.get()).await {
+            Holds::Yes => (entry, true),
+            Holds::Unknown => (entry, false),
+            Holds::To(Standing::Gone, _) => {
+                self.kept.remove(&key);
+                (None, true)
+            }
+            Holds::To(_, marks) => {
+                let mut life = stored.life;
+                life.expire(SystemTime::now());
+                let basis = Basis::new(number, Some(marks), hub::clock());
+                let stale = Arc::new(stored.with(&stored.headers, life, basis));
+                self.kept.put(key, stale.clone());
+                (Some(Entry::Answer(stale)), true)
+            }
+        }
+    }
+
+    /// Looks in Redis for an answer that this request alone would ask the upstream for. Whether it is here now.
+    async fn fetch(&self, question: &Question, key: Key) -> bool {
+        let (Some(shared), Ok(names)) = (&self.terms.shared, self.names_of(question)) else { return false };
+        let sought = Sought {
+            primary: question.primary,
+            key,
+            headers: &question.head.headers,
+            names: &names,
+            number: self.kept.purges.now(),
+            exchange: question.head.extensions.get(),
+        };
+        let looked = shared.look(sought).await;
+        if let Some(names) = looked.varies {
+            self.kept.put_names(question.primary, &names, true);
+        }
+        let Some((key, stored)) = looked.found else { return false };
+        self.kept.put(key, stored.into());
+        true
+    }
+}

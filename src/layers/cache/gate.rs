@@ -1,0 +1,215 @@
+//! What all requests of a route share in its cache, and what is done for each of them whatever becomes of it.
+
+use std::{fmt, sync::Arc};
+
+use http::{Uri, request::Parts};
+use parking_lot::Mutex;
+use tokio::task::JoinSet;
+use tower::Service;
+
+use super::{
+    config::{Config, Replay},
+    fill::Terms,
+    freshness::Rules,
+    hub::Purger,
+    kept::Kept,
+    key::{self, Key},
+    purge::Names,
+    question::{Question, origin},
+    recording::Recording,
+    resume::{self, Id, Resume, Stream, Whose},
+    shared::Shared,
+    state::State,
+    status::{CacheStatus, Forward, Source},
+    stored::{self, Pace, Stored},
+    tags,
+};
+use crate::{
+    config::{HumanDuration, Toggle},
+    message::{BoxError, Request, Response, path::Parameters},
+    store::Redis,
+    telemetry::{Exchange, Metrics, exchange::CacheOutcome, metrics::CacheMetrics},
+};
+
+/// The cache of a route.
+pub(super) struct Gate {
+    pub(super) route: String,
+    pub(super) config: Config,
+    pub(super) kept: Arc<Kept>,
+    pub(super) terms: Arc<Terms>,
+    pub(super) pace: Pace,
+    pub(super) purger: Arc<Purger>,
+    pub(super) resume: Option<Resume>,
+    pub(super) metrics: CacheMetrics,
+    pub(super) tasks: Arc<Mutex<JoinSet<()>>>,
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gate").field("route", &self.route).finish_non_exhaustive()
+    }
+}
+
+impl Gate {
+    /// As [`CacheLayer::new`](super::CacheLayer::new) has it.
+    pub(super) fn new(
+        config: &Config,
+        route: &str,
+        upstream: &str,
+        state: &State,
+        redis: Option<&Redis>,
+        metrics: &Metrics,
+    ) -> Self {
+        let metrics = metrics.cache(route);
+        let duration = |toggle: Toggle<HumanDuration>| toggle.on().map(HumanDuration::get);
+        let rules = Rules {
+            ttl: duration(config.ttl),
+            negative_ttl: duration(config.negative_ttl),
+            stale_while_revalidate: duration(config.stale_while_revalidate),
+            stale_if_error: duration(config.stale_if_error),
+            ignore_cache_control: config.ignore_cache_control,
+            keyed_by_credential: !config.shared,
+        };
+        let resume = duration(config.resume).map(|after| Resume { streams: state.streams(config, route), after });
+        let terms = Terms {
+            rules,
+            max_body: usize::try_from(config.max_body.get()).unwrap_or(usize::MAX),
+            record_streams: config.record_streams,
+            terminal: config.terminal.clone().map(Arc::new),
+            tools: config.body.tools,
+            when: config.when.clone(),
+            refresh: duration(config.refresh),
+            shared: redis.zip(config.redis.as_ref()).map(|(redis, own)| {
+                Shared::new(state.purger.hub(redis), (route, upstream), config, own, metrics.clone())
+            }),
+            room: resume.as_ref().map(|resume| resume.streams.room().clone()),
+            metrics: metrics.clone(),
+        };
+        Self {
+            route: route.to_owned(),
+            kept: state.kept(config, route, upstream, &metrics),
+            terms: Arc::new(terms),
+            pace: match config.replay {
+                Replay::Instant => Pace::Instant,
+                Replay::Paced => Pace::Times(config.speed),
+            },
+            config: config.clone(),
+            purger: state.purger.clone(),
+            resume,
+            metrics,
+            tasks: state.tasks.clone(),
+        }
+    }
+
+    /// Lets the request go on as if there were no cache.
+    pub(super) async fn pass<S>(
+        &self,
+        mut inner: S,
+        request: Request,
+        status: CacheStatus,
+    ) -> Result<Response, BoxError>
+    where
+        S: Service<Request, Response = Response, Error: Into<BoxError>>,
+    {
+        let outcome = match status.source {
+            Source::Forward(Forward::Bypass | Forward::Method) => CacheOutcome::Bypass,
+            _ => CacheOutcome::Miss,
+        };
+        let exchange = request.extensions().get::<Exchange>().cloned();
+        self.count(exchange.as_ref(), outcome);
+        let mut response = inner.call(request).await.map_err(Into::into)?;
+        CacheStatus { fwd_status: Some(response.status()), ..status }.append(response.headers_mut());
+        Ok(response)
+    }
+
+    /// Lets the request go on by itself. What it gets can be taken up again.
+    pub(super) async fn pass_question<S>(
+        &self,
+        inner: S,
+        question: Question,
+        status: CacheStatus,
+    ) -> Result<Response, BoxError>
+    where
+        S: Service<Request, Response = Response, Error: Into<BoxError>>,
+    {
+        let request = Request::from_parts(question.head, question.body.into());
+        let response = self.pass(inner, request, status).await?;
+        Ok(self.resumable(response, question.own))
+    }
+
+    /// An answer for the one who asked, which can be taken up again if it is a stream.
+    pub(super) fn resumable(&self, response: Response, own: Option<Key>) -> Response {
+        let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response)) else { return response };
+        let Some(id) = Id::new() else { return response };
+        let (parts, body) = response.into_parts();
+        let mut headers = stored::own(parts.headers.clone());
+        CacheStatus::remove(&mut headers);
+        let recording = Recording::new(body, self.terms.max_body, self.kept.budget.clone(), None, |_| {});
+        recording.hold(resume.streams.room().share(), true);
+        let Some(reader) = recording.reader() else { unreachable!("nothing of it is gone") };
+        let body = resume.begin(id, reader, || Stream {
+            whose: Whose::One(own),
+            status: parts.status,
+            version: parts.version,
+            headers,
+            extensions: parts.extensions.clone(),
+            recording,
+            asking: None,
+            is_known: Arc::default(),
+        });
+        Response::from_parts(parts, body)
+    }
+
+    /// What an answer to this question is purged by.
+    pub(super) fn names_of(&self, question: &Question) -> Result<Arc<Names>, tags::TooLong> {
+        let tags = render(&self.config.tags, &question.head)?;
+        let host = self.names(&origin(&question.head)).into();
+        let path = self.reduced(&question.head.uri).into();
+        Ok(Arc::new(Names { host, path, tags }))
+    }
+
+    /// What answers to requests for `host` are dropped by, before the path.
+    pub(super) fn names<'a>(&self, host: &'a str) -> &'a str {
+        if self.config.ignore_host { "" } else { host }
+    }
+
+    /// Notes that the upstream was spared what it had taken for the stored answer.
+    pub(super) fn spared(&self, question: &Question, outcome: CacheOutcome, stored: &Stored) {
+        self.note(&question.head, outcome);
+        self.metrics.saved(stored.took);
+    }
+
+    /// Path and query, without the parameters that make no difference: as all those have it that share an answer.
+    pub(super) fn reduced(&self, uri: &Uri) -> String {
+        match uri.query().and_then(|query| key::without(&self.config.ignore_query, query)) {
+            Some(query) => format!("{}?{query}", uri.path()),
+            None => uri.path().to_owned(),
+        }
+    }
+
+    /// Counts a request, and notes on it what the cache was for it.
+    pub(super) fn note(&self, head: &Parts, outcome: CacheOutcome) {
+        self.count(head.extensions.get::<Exchange>(), outcome);
+    }
+
+    fn count(&self, exchange: Option<&Exchange>, outcome: CacheOutcome) {
+        self.metrics.count(outcome);
+        if let Some(exchange) = exchange {
+            exchange.facts().cache = Some(outcome);
+        }
+    }
+}
+
+/// The tags that templates make of a request.
+///
+/// # Errors
+/// One is too long.
+pub(super) fn render(templates: &[tags::Template], head: &Parts) -> Result<Box<[Box<str>]>, tags::TooLong> {
+    let source = tags::Source {
+        parameters: head.extensions.get::<Parameters>(),
+        query: head.uri.query(),
+        headers: &head.headers,
+    };
+    let rendered = templates.iter().map(|template| template.render(&source));
+    rendered.filter_map(|tag| tag.map(|tag| tag.map(Into::into)).transpose()).collect()
+}
