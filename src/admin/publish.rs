@@ -14,8 +14,8 @@ use std::{
 };
 
 use http::{Method, StatusCode, Uri, header};
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use tower::Service;
 
 use super::{Admin, Page, allow, problem};
@@ -23,6 +23,7 @@ use crate::{
     config::{
         load::nearest,
         problem::{Check, Problems},
+        text,
     },
     message::{BoxError, Request, Response, path::Parameters},
     telemetry::Exchange,
@@ -176,27 +177,7 @@ impl fmt::Display for NoPage {
 
 impl std::error::Error for NoPage {}
 
-impl<'de> Deserialize<'de> for PageName {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for PageName {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for PageName {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "PageName".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({ "type": "string", "pattern": "^([A-Z]+ )?/.*$" })
-    }
-}
+text!(PageName, "PageName", { "pattern": "^([A-Z]+ )?/.*$" });
 
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {

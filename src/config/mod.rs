@@ -9,8 +9,10 @@ pub mod networks;
 pub mod problem;
 pub mod rate;
 mod sections;
+mod text;
 pub mod units;
 
+pub(crate) use self::text::text;
 pub use self::{
     failure::Failure,
     load::{Sources, Tree},

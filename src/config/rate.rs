@@ -2,10 +2,7 @@
 
 use std::{borrow::Cow, fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-
-use super::{HumanDuration, units::ParseError};
+use super::{HumanDuration, text::text, units::ParseError};
 
 /// So many in a length of time: `100/min`, `20/5s`, `1000/h`.
 ///
@@ -89,31 +86,10 @@ pub fn shown_per(per: HumanDuration) -> Cow<'static, str> {
     }
 }
 
-impl<'de> Deserialize<'de> for Rate {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for Rate {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for Rate {
-    fn schema_name() -> Cow<'static, str> {
-        "Rate".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "So many in a time: `100/min`, `20/5s`, `1000/h`.",
-            "pattern": r"^ *[0-9]+ */ *(min|[0-9.]* ?(ms|s|m|h|d))+ *$",
-        })
-    }
-}
+text!(Rate, "Rate", {
+    "description": "So many in a time: `100/min`, `20/5s`, `1000/h`.",
+    "pattern": r"^ *[0-9]+ */ *(min|[0-9.]* ?(ms|s|m|h|d))+ *$",
+});
 
 #[cfg(test)]
 mod tests {

@@ -21,7 +21,7 @@ pub use self::{
     net::Net,
     problem::Form,
     replay::Replay,
-    service::{Chain, CloneService, HttpService, ResponseFuture},
+    service::{Chain, CloneService, HttpService, ResponseFuture, take_ready},
 };
 
 /// A request on its way through the layers.

@@ -1,7 +1,7 @@
 //! A service whose type does not matter.
 
 use std::{
-    fmt,
+    fmt, mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -23,6 +23,12 @@ pub trait CloneService:
 impl<S> CloneService for S where
     S: Service<Request, Response = Response, Error: Into<BoxError>, Future: Send> + Clone + Send + 'static
 {
+}
+
+/// The service that was polled ready, to be called in a future; a clone of it takes its place, to be polled again.
+pub fn take_ready<S: Clone>(inner: &mut S) -> S {
+    let fresh = inner.clone();
+    mem::replace(inner, fresh)
 }
 
 /// A service behind one of the joints at which types are erased, as between the route table and a route.

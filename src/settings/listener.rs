@@ -11,12 +11,12 @@ use std::{
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
-    de::{self, Error as _, MapAccess, Visitor, value::MapAccessDeserializer},
+    de::{self, MapAccess, Visitor, value::MapAccessDeserializer},
 };
 
 use super::tls;
 use crate::{
-    config::{Check, Networks, Problems},
+    config::{Check, Networks, Problems, text},
     message::Peer,
 };
 
@@ -74,31 +74,10 @@ impl fmt::Display for AddressError {
 
 impl std::error::Error for AddressError {}
 
-impl<'de> Deserialize<'de> for Address {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl Serialize for Address {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for Address {
-    fn schema_name() -> Cow<'static, str> {
-        "ListenAddress".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "`ADDRESS:PORT`, or `unix:/path` for a Unix socket.",
-            "examples": ["0.0.0.0:8080", "[::]:8080", "unix:/run/sidegate.sock"],
-        })
-    }
-}
+text!(Address, "ListenAddress", {
+    "description": "`ADDRESS:PORT`, or `unix:/path` for a Unix socket.",
+    "examples": ["0.0.0.0:8080", "[::]:8080", "unix:/run/sidegate.sock"],
+});
 
 /// One listener: its address, or a section. An entry of `listen`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

@@ -10,11 +10,11 @@ use std::{
 use ::redis::{
     ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, RedisConnectionInfo, TlsCertificates,
 };
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize, Serializer};
 
 use super::{MAX_PREFIX, breaker};
-use crate::config::{Check, HumanDuration, OneOrMany, Problems, Secret, file, problem::check_readable};
+use crate::config::{Check, HumanDuration, OneOrMany, Problems, Secret, file, problem::check_readable, text};
 
 /// Redis or Valkey, which all replicas of sidegate share. Section `redis`. Without it, and while it is out of order,
 /// each replica keeps what it knows in memory. By itself the section only connects, pings and reports: policies use it.
@@ -210,31 +210,10 @@ impl fmt::Debug for Address {
     }
 }
 
-impl<'de> Deserialize<'de> for Address {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for Address {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for Address {
-    fn schema_name() -> std::borrow::Cow<'static, str> {
-        "RedisAddress".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "description": "Where a Redis is, as in `redis://127.0.0.1:6379/0`, `rediss://HOST` or `unix:/PATH`.",
-            "type": "string",
-            "pattern": "^(redis|rediss|valkey|valkeys|unix):.+",
-        })
-    }
-}
+text!(Address, "RedisAddress", {
+    "description": "Where a Redis is, as in `redis://127.0.0.1:6379/0`, `rediss://HOST` or `unix:/PATH`.",
+    "pattern": "^(redis|rediss|valkey|valkeys|unix):.+",
+});
 
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {

@@ -88,7 +88,7 @@ use crate::{
         fields::FieldName,
         file::{self, Content},
     },
-    message::{BoxError, Error, Kind, Net, Principal, Request, headers::remove_alike},
+    message::{BoxError, Error, Kind, Net, Principal, Request, headers::remove_alike, take_ready},
     telemetry::{Exchange, Metrics, exchange, metrics::AuthMetrics},
 };
 
@@ -425,8 +425,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let fresh = self.inner.clone();
-        let mut inner = mem::replace(&mut self.inner, fresh);
+        let mut inner = take_ready(&mut self.inner);
         let gate = self.gate.clone();
         Box::pin(async move {
             let (mut head, body) = request.into_parts();

@@ -9,7 +9,7 @@ use super::{
     canonical,
     key::{KeyPart, QueryName},
     tags::Template,
-    warm::Warmed,
+    warmed::Warmed,
 };
 use crate::{
     config::{ByteSize, Check, HumanDuration, Problems, Toggle},

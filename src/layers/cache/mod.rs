@@ -54,6 +54,7 @@
 mod answer;
 pub mod canonical;
 mod change;
+mod coming;
 mod config;
 mod directives;
 mod encoding;
@@ -78,9 +79,9 @@ mod upstream;
 mod validate;
 mod vary;
 mod warm;
+mod warmed;
 
 use std::{
-    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -94,10 +95,10 @@ pub use self::{
     config::{Config, InRedis, Method, Replay},
     purge::Target,
     state::{Figures, State},
-    warm::Warmed,
+    warmed::Warmed,
 };
 use crate::{
-    message::{BoxError, CloneService, Request, Response, path::Parameters},
+    message::{BoxError, CloneService, Request, Response, path::Parameters, take_ready},
     store::Redis,
     telemetry::Metrics,
 };
@@ -167,8 +168,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> ResponseFuture {
-        let fresh = self.inner.clone();
-        let inner = mem::replace(&mut self.inner, fresh);
+        let inner = take_ready(&mut self.inner);
         let gate = self.gate.clone();
         Box::pin(async move { gate.serve(inner, request).await })
     }

@@ -3,11 +3,13 @@
 use std::{borrow::Cow, fmt, str::FromStr};
 
 use http::{HeaderMap, HeaderName};
-use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+use serde::{Deserialize, Deserializer, de::Error};
 
 use super::key::field;
-use crate::message::path::{Parameters, decode};
+use crate::{
+    config::text,
+    message::path::{Parameters, decode},
+};
 
 /// The longest tag, in bytes.
 pub(super) const MAX_TAG: usize = 256;
@@ -170,33 +172,12 @@ impl fmt::Display for Template {
     }
 }
 
-impl<'de> Deserialize<'de> for Template {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl Serialize for Template {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for Template {
-    fn schema_name() -> Cow<'static, str> {
-        "CacheTag".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "A tag: `bot:{id}` with a parameter of the path, `q:{query:q}`, `user:{header:x-user}`.",
-            "minLength": 1,
-            "maxLength": MAX_TAG,
-            "pattern": r#"^([^{}%",\\\s]|\{([A-Za-z0-9_]+|(query|header):[^{}]+)\})+$"#,
-        })
-    }
-}
+text!(Template, "CacheTag", {
+    "description": "A tag: `bot:{id}` with a parameter of the path, `q:{query:q}`, `user:{header:x-user}`.",
+    "minLength": 1,
+    "maxLength": MAX_TAG,
+    "pattern": r#"^([^{}%",\\\s]|\{([A-Za-z0-9_]+|(query|header):[^{}]+)\})+$"#,
+});
 
 /// Paths with their queries, `/bots/*?page=?`: `*` is any run of characters, slashes included, `?` is any one, a question
 /// mark included, and everything else is itself.

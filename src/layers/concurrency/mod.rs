@@ -42,7 +42,6 @@ mod limiter;
 
 use std::{
     any::Any,
-    mem,
     num::NonZeroU32,
     pin::Pin,
     sync::Arc,
@@ -68,7 +67,7 @@ use crate::{
         problem::{Check, Problems},
         units::HumanDuration,
     },
-    message::{Body, BoxError, Error, Kind},
+    message::{Body, BoxError, Error, Kind, take_ready},
     telemetry::Exchange,
 };
 
@@ -186,8 +185,7 @@ where
                 future.inner = Some(self.inner.call(request));
             }
             Ok(Entered::Queued(place)) => {
-                let fresh = self.inner.clone();
-                let inner = mem::replace(&mut self.inner, fresh);
+                let inner = take_ready(&mut self.inner);
                 let timeout = Box::pin(sleep(place.timeout));
                 future.waiting = Some(Box::new(Waiting { place, timeout, inner, request }));
             }

@@ -50,6 +50,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use futures_util::TryFutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue, Uri, request::Parts, uri::PathAndQuery};
 use serde_json::{Map, Value};
 use tower::{Layer, Service};
@@ -58,9 +59,9 @@ pub use self::config::{Config, Entry, Headers, PathText, Prefix, Rewrite};
 use crate::{
     config::Failure,
     message::{
-        Body, BoxError, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
+        Body, BoxError, CloneService, Error, HttpService, Kind, Replay, Request, Response, Undecided, asks_for_tunnel,
         headers::{CREDENTIALS, PROXY_STATUS},
-        json,
+        json, take_ready,
     },
     telemetry::{Exchange, Metrics, metrics::FallbackMetrics},
 };
@@ -228,21 +229,20 @@ pub struct Fallback<S> {
 
 impl<S> Service<Request> for Fallback<S>
 where
-    S: Service<Request, Response = Response, Error = BoxError, Future: Send> + Clone + Send + 'static,
+    S: CloneService,
 {
     type Response = Response;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Response, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(cx)
+        self.inner.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let fresh = self.inner.clone();
-        let mut inner = mem::replace(&mut self.inner, fresh);
+        let mut inner = take_ready(&mut self.inner);
         if asks_for_tunnel(&request) {
-            return Box::pin(inner.call(request));
+            return Box::pin(inner.call(request).map_err(Into::into));
         }
         let plan = self.plan.clone();
         Box::pin(async move { plan.run(request, inner).await })
@@ -250,10 +250,7 @@ where
 }
 
 impl Plan {
-    async fn run<S>(&self, request: Request, mut first: S) -> Result<Response, BoxError>
-    where
-        S: Service<Request, Response = Response, Error = BoxError>,
-    {
+    async fn run<S: CloneService>(&self, request: Request, mut first: S) -> Result<Response, BoxError> {
         let (mut head, body) = request.into_parts();
         let replay = Replay::new(body, self.replay);
         head.extensions.insert(replay.clone());
@@ -261,7 +258,7 @@ impl Plan {
         let body = replay.body().ok_or_else(lost)?;
         let mut request = Request::from_parts(head.clone(), body);
         self.mark(&mut request, 0, &replay);
-        let mut result = first.call(request).await;
+        let mut result = first.call(request).await.map_err(Into::into);
         // Where the rest of the list begins.
         let mut rest = 0;
         let mut from = &self.own;

@@ -52,7 +52,7 @@ pub mod window;
 
 use std::{
     any::Any,
-    fmt, mem,
+    fmt,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
     task::{Context, Poll, ready},
@@ -74,7 +74,7 @@ use self::{
     window::{Demand, Quota, Verdict, amount},
 };
 use crate::{
-    message::{Body, BoxError, Error, Kind, Principal, Request, Response, path::is_plain},
+    message::{Body, BoxError, CloneService, Error, Kind, Principal, Request, Response, path::is_plain, take_ready},
     sse::{Frames, Usage},
     store::{Failure, Key, Redis},
     telemetry::{
@@ -426,19 +426,18 @@ pub struct RateLimit<S> {
 
 impl<S> Service<Request> for RateLimit<S>
 where
-    S: Service<Request, Response = Response, Error = BoxError, Future: Send> + Clone + Send + 'static,
+    S: CloneService,
 {
     type Response = Response;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Response, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(cx)
+        self.inner.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let fresh = self.inner.clone();
-        let mut inner = mem::replace(&mut self.inner, fresh);
+        let mut inner = take_ready(&mut self.inner);
         let gate = self.gate.clone();
         Box::pin(async move {
             let (mut head, body) = request.into_parts();
@@ -451,7 +450,7 @@ where
                 sent: 0,
                 announced: body.size_hint().lower(),
             });
-            match inner.call(Request::from_parts(head, body)).await {
+            match inner.call(Request::from_parts(head, body)).await.map_err(Into::into) {
                 Ok(mut response) => {
                     headers::write(fields, response.headers_mut());
                     Ok(match owed {

@@ -17,6 +17,7 @@ use crate::{
     config::{
         ByteSize, HumanDuration, Networks, OneOrMany, Problems,
         rate::{read_per, shown_per},
+        text,
         units::ParseError,
     },
     message::path::Pattern,
@@ -454,31 +455,10 @@ impl fmt::Display for KeyPart {
     }
 }
 
-impl<'de> Deserialize<'de> for KeyPart {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(D::Error::custom)
-    }
-}
-
-impl Serialize for KeyPart {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for KeyPart {
-    fn schema_name() -> Cow<'static, str> {
-        "RateLimitKey".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "What is counted apart: global, route, ip, principal, session, header:NAME, query:NAME or path:NAME.",
-            "pattern": "^(global|route|ip|principal|session|(header|query|path):.+)$",
-        })
-    }
-}
+text!(KeyPart, "RateLimitKey", {
+    "description": "What is counted apart: global, route, ip, principal, session, header:NAME, query:NAME or path:NAME.",
+    "pattern": "^(global|route|ip|principal|session|(header|query|path):.+)$",
+});
 
 /// How long a lease lives that nobody renews: as long as a place is taken of a replica that died.
 const LEASE: HumanDuration = HumanDuration::from_secs(20);

@@ -36,13 +36,13 @@
 mod budget;
 
 use std::{
-    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
+use futures_util::TryFutureExt;
 use http::{StatusCode, header::RETRY_AFTER};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -55,7 +55,10 @@ use tower::{
 pub use self::budget::{Budget, Share, WINDOW};
 use crate::{
     config::{ByteSize, Check, Failure, HumanDuration, Problems},
-    message::{self, Body, BoxError, Error, Kind, Replay, Request, Response, Tried, Undecided, asks_for_tunnel},
+    message::{
+        self, Body, BoxError, CloneService, Error, Kind, Replay, Request, Response, Tried, Undecided, asks_for_tunnel,
+        take_ready,
+    },
     telemetry::{Exchange, metrics::RetryMetrics},
 };
 
@@ -218,21 +221,20 @@ pub struct Retry<S> {
 
 impl<S> Service<Request> for Retry<S>
 where
-    S: Service<Request, Response = Response, Error = BoxError, Future: Send> + Clone + Send + 'static,
+    S: CloneService,
 {
     type Response = Response;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Response, BoxError>> + Send>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.inner.poll_ready(cx)
+        self.inner.poll_ready(cx).map_err(Into::into)
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let fresh = self.inner.clone();
-        let mut inner = mem::replace(&mut self.inner, fresh);
+        let mut inner = take_ready(&mut self.inner);
         if asks_for_tunnel(&request) {
-            return Box::pin(inner.call(request));
+            return Box::pin(inner.call(request).map_err(Into::into));
         }
         let settings = self.settings.clone();
         Box::pin(async move { settings.run(request, inner).await })
@@ -240,10 +242,7 @@ where
 }
 
 impl Settings {
-    async fn run<S>(&self, request: Request, mut inner: S) -> Result<Response, BoxError>
-    where
-        S: Service<Request, Response = Response, Error = BoxError>,
-    {
+    async fn run<S: CloneService>(&self, request: Request, mut inner: S) -> Result<Response, BoxError> {
         self.budget.request(Instant::now());
         let (mut head, body) = request.into_parts();
         let can_repeat = head.method.is_idempotent();
@@ -268,7 +267,7 @@ impl Settings {
             if attempts < self.config.attempts.into() && self.breaks_are_retried && can_repeat && replay.is_kept() {
                 request.extensions_mut().insert(Undecided);
             }
-            let result = inner.call(request).await;
+            let result = inner.call(request).await.map_err(Into::into);
             let failure = self.failure(&result);
             if let Some(made) = made.take() {
                 made.over(failure.is_none() && result.is_ok());

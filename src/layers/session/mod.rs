@@ -55,7 +55,6 @@ mod id;
 mod keep;
 
 use std::{
-    mem,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -82,6 +81,7 @@ use crate::{
     message::{
         BoxError, Connection, Error, Fault, Kind, Principal, Request, Session,
         headers::{X_SESSION_ID, remove_alike},
+        take_ready,
     },
     store::{Failure, Redis},
     telemetry::{Exchange, Metrics, metrics::SessionMetrics},
@@ -218,8 +218,7 @@ where
     }
 
     fn call(&mut self, request: Request) -> Self::Future {
-        let fresh = self.inner.clone();
-        let mut inner = mem::replace(&mut self.inner, fresh);
+        let mut inner = take_ready(&mut self.inner);
         let (desk, strip) = (self.desk.clone(), self.desk.clone());
         Box::pin(async move {
             let (mut head, body) = request.into_parts();

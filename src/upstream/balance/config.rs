@@ -12,6 +12,7 @@ use serde::{
 use crate::{
     config::{
         problem::{Check, Problems},
+        text,
         units::{HumanDuration, OneOrMany, Toggle},
     },
     upstream::Address,
@@ -121,31 +122,10 @@ impl fmt::Display for HashKey {
     }
 }
 
-impl<'de> Deserialize<'de> for HashKey {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        String::deserialize(from)?.parse().map_err(de::Error::custom)
-    }
-}
-
-impl Serialize for HashKey {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(self)
-    }
-}
-
-impl JsonSchema for HashKey {
-    fn schema_name() -> Cow<'static, str> {
-        "HashKey".into()
-    }
-
-    fn json_schema(_: &mut SchemaGenerator) -> Schema {
-        json_schema!({
-            "type": "string",
-            "description": "What a hash goes by: ip, path, header:NAME, query:NAME or cookie:NAME.",
-            "pattern": "^(ip|path|(header|query|cookie):.+)$",
-        })
-    }
-}
+text!(HashKey, "HashKey", {
+    "description": "What a hash goes by: ip, path, header:NAME, query:NAME or cookie:NAME.",
+    "pattern": "^(ip|path|(header|query|cookie):.+)$",
+});
 
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {
