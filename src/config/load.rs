@@ -591,6 +591,8 @@ impl Reading {
             };
             let mut path = error.path;
             let mut leaves_a_hole = true;
+            // The only key of a section that is a choice by it: without it, the section would be none.
+            let mut is_choice = false;
             match &error.kind {
                 Kind::UnknownField(name, valid) => {
                     // The key's own name may or may not stand in the path.
@@ -612,9 +614,19 @@ impl Reading {
                         problems.add(place.join("."), format!("`{name}` is missing"));
                     }
                 }
-                kind => problems.add(self.tree.original(&path).join("."), explain(kind)),
+                kind => {
+                    problems.add(self.tree.original(&path).join("."), explain(kind));
+                    is_choice = matches!(kind, Kind::UnknownVariant(name, _) if path.last() == Some(name));
+                }
             }
             while !path.is_empty() && at(&self.tree.pruned, &path).is_none() {
+                path.pop();
+            }
+            if is_choice
+                && let Some((_, above)) = path.split_last()
+                && let Some(Value::Dict(_, values)) = at(&self.tree.pruned, above)
+                && values.len() == 1
+            {
                 path.pop();
             }
             let original = self.tree.original(&path);

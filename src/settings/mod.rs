@@ -293,6 +293,7 @@ impl Settings {
         self.check_limits(tree, problems);
         self.check_published(tree, problems);
         self.check_warm(tree, problems);
+        self.check_principals(tree, problems);
     }
 
     fn check_listeners(&self, tree: &Tree, problems: &mut Problems) {
@@ -542,6 +543,28 @@ impl Settings {
                     problems.add(format!("routes.{n}.cache.warm.{m}"), format!("{message}: name what this route gets"));
                 }
             }
+        }
+    }
+
+    /// That answers are to be kept apart by who asks, where nobody is known.
+    fn check_principals(&self, tree: &Tree, problems: &mut Problems) {
+        let is_keyed = |cache: &Toggle<cache::Config>| {
+            cache.as_ref().is_some_and(|cache| cache.key.contains(&cache::key::KeyPart::Principal))
+        };
+        let knows = |(n, route): (usize, &Route)| {
+            let auth = route.auth.as_ref().unwrap_or(&self.defaults.auth);
+            !auth.is_off() || !tree.is_whole("defaults.auth") || !tree.is_whole(&format!("routes.{n}.auth"))
+        };
+        let why = "holds `principal`, but there is no `auth`, which says who asks";
+        for (n, route) in self.routes.iter().enumerate().filter(|route| !knows(*route)) {
+            if route.cache.as_ref().is_some_and(is_keyed) {
+                problems.add(format!("routes.{n}.cache.key"), why);
+            }
+        }
+        let mut heirs = self.routes.iter().enumerate().filter(|(_, route)| route.cache.is_none());
+        let is_off = self.defaults.auth.is_off() && tree.is_whole("defaults.auth");
+        if is_keyed(&self.defaults.cache) && is_off && !heirs.any(knows) {
+            problems.add("defaults.cache.key", why);
         }
     }
 

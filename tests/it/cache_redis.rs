@@ -459,7 +459,7 @@ async fn answers_of_other_settings_are_not_found() {
     let (redis, backend) = (Redis::start().await, counting("cache-control: max-age=600, public\r\n").await);
     let a = replica(&backend.url(), &at(&redis), "{ shared: true }").await;
     let b = replica(&backend.url(), &at(&redis), "{}").await;
-    let c = replica(&backend.url(), &at(&redis), "{ shared: true, max_bytes: 1MiB, finish_fill: true }").await;
+    let c = replica(&backend.url(), &at(&redis), "{ shared: true, max_bytes: 2MiB, finish_fill: true }").await;
     let own = a.ask(get("/", "authorization: Basic YTpi\r\n")).await.text();
     written(&a, 1).await;
     assert_ne!(b.get("/").await.text(), own, "there it would be for everybody");

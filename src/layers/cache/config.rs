@@ -22,6 +22,8 @@ const MOST_WARM: usize = 1000;
 /// The most of an answer that may be set to go to Redis, which does nothing else while it reads or writes one.
 const MOST_IN_REDIS: u64 = 16 << 20;
 
+/// What an answer takes beside its bytes: itself, the tables that it stands in.
+pub(super) const OVERHEAD: u32 = 512;
 /// The longest that an upstream may be asked to talk to nobody.
 const MOST_RESUME: HumanDuration = HumanDuration::from_secs(3600);
 
@@ -215,6 +217,52 @@ impl Config {
 }
 
 impl Config {
+    /// Of a section whose `methods` are empty, which only drops answers.
+    fn check_only_drops(&self, problems: &mut Problems) {
+        if self.invalidate.is_empty() {
+            problems.add("methods", "is empty, and nothing is in `invalidate`: the section does nothing");
+            return;
+        }
+        let drops = Self {
+            methods: Vec::new(),
+            invalidate: self.invalidate.clone(),
+            ignore_host: self.ignore_host,
+            ignore_query: self.ignore_query.clone(),
+            redis: self.redis,
+            ..Self::default()
+        };
+        if *self != drops {
+            let told = "is empty: then all has no effect but `invalidate`, `ignore_host` and `ignore_query`";
+            problems.add("methods", told);
+        }
+    }
+
+    /// What makes a difference.
+    fn check_key(&self, problems: &mut Problems) {
+        let posts = self.methods.contains(&Method::Post);
+        let keyed = self.key.contains(&KeyPart::Body);
+        if posts && !keyed {
+            problems.add("key", "lacks `body`, without which all that is sent by POST would get the same answer");
+        }
+        if keyed && !posts {
+            problems.add("key", "holds `body`, but `methods` does not hold `POST`");
+        }
+        if !posts && self.body != canonical::Body::default() {
+            problems.add("body", "has no effect: `methods` does not hold `POST`");
+        }
+        if !posts && self.max_request_body != Self::default().max_request_body {
+            problems.add("max_request_body", "has no effect: `methods` does not hold `POST`");
+        }
+        for (n, name) in self.ignore_query.iter().enumerate() {
+            let mut others = self.ignore_query.iter().enumerate();
+            // Of two that are the same, the later one.
+            let above = others.find(|(m, other)| other.covers(name) && (*m < n || *other != name));
+            if let Some((_, above)) = above {
+                problems.add(format!("ignore_query.{n}"), format!("`{name}`: `{above}` leaves it out already"));
+            }
+        }
+    }
+
     fn check_warm(&self, problems: &mut Problems) {
         if self.warm.is_empty() {
             return;
@@ -243,22 +291,15 @@ impl Config {
 
 impl Check for Config {
     fn check(&self, problems: &mut Problems) {
-        let posts = self.methods.contains(&Method::Post);
         for (n, method) in self.methods.iter().enumerate() {
             if self.methods.iter().take(n).any(|other| other == method) {
                 problems.add("methods", "holds a method twice");
             }
         }
-        if self.methods.is_empty() && self.invalidate.is_empty() {
-            problems.add("methods", "is empty, and nothing is in `invalidate`: the section does nothing");
+        if self.methods.is_empty() {
+            self.check_only_drops(problems);
         }
-        let keyed = self.key.contains(&KeyPart::Body);
-        if posts && !keyed {
-            problems.add("key", "lacks `body`, without which all that is sent by POST would get the same answer");
-        }
-        if keyed && !posts {
-            problems.add("key", "holds `body`, but `methods` does not hold `POST`");
-        }
+        self.check_key(problems);
         self.check_warm(problems);
         problems.at("body", |problems| self.body.check(problems));
         problems.at("when", |problems| self.when.check(problems));
@@ -275,13 +316,10 @@ impl Check for Config {
                 problems.add(key, "is 0: switch it off instead");
             }
         }
-        if let Toggle::On(resume) = self.resume {
-            if resume > MOST_RESUME {
-                problems.add("resume", format!("is {resume}: must be at most {MOST_RESUME}"));
-            }
-            if self.methods.is_empty() {
-                problems.add("resume", "needs `methods`: of which requests streams can be taken up again");
-            }
+        if let Toggle::On(resume) = self.resume
+            && resume > MOST_RESUME
+        {
+            problems.add("resume", format!("is {resume}: must be at most {MOST_RESUME}"));
         }
         if self.coalesce_timeout.is_zero() {
             problems.add("coalesce_timeout", "is 0: must be longer");
@@ -310,6 +348,8 @@ impl Check for Config {
         }
         if !(0.1..=1000.0).contains(&self.speed) {
             problems.add("speed", format!("is {}: must be 0.1 to 1000", self.speed));
+        } else if self.replay != Replay::Paced && self.speed.to_bits() != Self::default().speed.to_bits() {
+            problems.add("speed", "has no effect without `replay: paced`");
         }
         let sizes = [
             ("max_request_body", self.max_request_body, 16 << 20),
@@ -327,8 +367,10 @@ impl Check for Config {
             let most = ByteSize::from_bytes(MOST_IN_REDIS);
             problems.add("redis.max_body", format!("is {max_body}: must be more than 0 and at most {most}"));
         }
-        if self.max_body > self.max_bytes {
-            problems.add("max_body", format!("is {}: must be at most `max_bytes` ({})", self.max_body, self.max_bytes));
+        if self.max_body.get().saturating_add(OVERHEAD.into()) > self.max_bytes.get() {
+            let (body, all) = (self.max_body, self.max_bytes);
+            let told = format!("is {body}: with its head, {OVERHEAD}B and more, it must fit in `max_bytes` ({all})");
+            problems.add("max_body", told);
         }
     }
 }

@@ -20,6 +20,7 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{
+    config::OVERHEAD,
     freshness::Life,
     marks::Marks,
     purge::Names,
@@ -33,9 +34,6 @@ use crate::{
     message::{Body, BoxError, Response},
     sse::Numbering,
 };
-
-/// What one takes beside its bytes: itself, the tables that it stands in.
-const OVERHEAD: usize = 512;
 
 /// An answer that is kept.
 #[derive(Debug)]
@@ -135,7 +133,7 @@ impl Stored {
             headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 64).sum()
         };
         let names = self.names.path.len() + self.names.tags.iter().map(|tag| tag.len() + 16).sum::<usize>();
-        OVERHEAD
+        OVERHEAD as usize
             + self.body.len()
             + size_of_val(&*self.cuts)
             + fields(&self.headers)

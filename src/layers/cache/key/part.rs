@@ -65,6 +65,11 @@ pub struct QueryName {
 }
 
 impl QueryName {
+    /// Whether all that `other` means is meant.
+    pub(in super::super) fn covers(&self, other: &Self) -> bool {
+        if self.open { other.name.starts_with(&self.name) } else { self == other }
+    }
+
     /// Whether the parameter of this name, decoded, is meant.
     #[must_use]
     pub fn is(&self, name: &[u8]) -> bool {
@@ -77,6 +82,9 @@ impl FromStr for QueryName {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, open) = text.strip_suffix('*').map_or((text, false), |name| (name, true));
+        if text == "*" {
+            return Err("`*` is every parameter: an answer would be given whatever its query asks for".to_owned());
+        }
         if text.is_empty() || name.contains(['*', '&', '=', ';', '%']) || name.contains(char::is_whitespace) {
             return Err(format!(
                 "`{text}` is no parameter: write its name as in `fbclid`, or `utm_*` for all that begin so"
@@ -94,6 +102,5 @@ impl fmt::Display for QueryName {
 
 text!(QueryName, "CacheQueryName", {
     "description": "A parameter of the query, `fbclid`, or all that begin so, `utm_*`.",
-    "pattern": r"^[^*&=;%\s]*\*?$",
-    "minLength": 1,
+    "pattern": r"^[^*&=;%\s]+\*?$",
 });
