@@ -213,6 +213,58 @@ routes: [{ upstream: api, name: all, cache: { stale_if_error: 1h } }]
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_stale_answer_stands_in_for_who_asks_alone() {
+    let backend = Backend::start().await;
+    let section = "{ stale_if_error: 1h, coalesce_timeout: 100ms }";
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    let asking = async |method: &str| {
+        let mut wire = proxy.connect().await;
+        wire.send(format!("{method} / HTTP/1.1\r\nhost: sidegate.test\r\nconnection: close\r\n\r\n")).await;
+        (wire, backend.accept_head().await.0)
+    };
+    let told =
+        |cache: &str| cache.starts_with("sidegate; fwd=stale; fwd-status=503") && cache.ends_with("stale-if-error");
+    let down = answer("503 Service Unavailable", "connection: close\r\n", "down");
+    let (mut client, mut upstream) = asking("GET").await;
+    upstream.send(ok("cache-control: max-age=0\r\nconnection: close\r\n", "old")).await;
+    assert_eq!(client.answer().await.text(), "old");
+
+    let (mut client, mut upstream) = asking("HEAD").await;
+    upstream.send(&down).await;
+    let head = client.head().await;
+    assert_eq!((head.status(), head.get("content-length")), (200, Some("3")));
+    assert!(told(head.get("cache-status").unwrap()), "{head:?}");
+
+    // The second goes on by itself when it has waited long enough.
+    let (_first, _hangs) = asking("GET").await;
+    let (mut second, mut upstream) = asking("GET").await;
+    upstream.send(&down).await;
+    let stale = second.answer().await;
+    assert_eq!((stale.status(), stale.text().as_str()), (200, "old"));
+    assert!(told(source(&stale)), "{stale:?}");
+    let outcomes = async |outcome: &str| {
+        proxy.sample(&format!("sidegate_cache_requests_total{{route=\"all\",outcome=\"{outcome}\"}}")).await
+    };
+    assert_eq!((outcomes("stale").await, outcomes("miss").await), (2, 1), "each is counted once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_that_nobody_asked_for_is_passed_on() {
+    let backend = Recorder::scripted(|before, _| match before {
+        0 => ok("cache-control: max-age=0\r\n", "old"),
+        _ => "HTTP/1.1 304 Not Modified\r\n\r\n".to_owned(),
+    })
+    .await;
+    let section = "{ methods: [POST], key: [body], stale_if_error: 1h }";
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    let post = "POST / HTTP/1.1\r\nhost: sidegate.test\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\
+                connection: close\r\n\r\n{}";
+    assert_eq!(proxy.ask(post).await.text(), "old");
+    assert_eq!(proxy.ask(post).await.status(), 304);
+    assert_eq!(backend.count(), 2, "and not sent again without its body");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stale_answer_does_not_stand_in_for_the_truth() {
     for (section, fields, status) in [
         ("{}", "cache-control: max-age=0\r\netag: \"a\"\r\n", "503 Service Unavailable"),

@@ -1,9 +1,24 @@
 //! One question, asked once: who comes while an answer is on its way reads along, and a stream that came to its end is
 //! given again as a stream.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
+use sidegate::{
+    layers::{
+        cache::{CacheLayer, Config, State},
+        deadline::DeadlineLayer,
+    },
+    message::{Body, BoxError, Error, HttpService, Kind},
+    telemetry::Metrics,
+};
 use tokio::{task::JoinSet, time::sleep};
+use tower::{Layer, ServiceExt, service_fn};
 
 use crate::{
     cache::{answer, cached, get, is_hit, ok, source},
@@ -448,6 +463,37 @@ routes: [{ upstream: api, name: all, cache: { methods: [POST], key: [body], ttl:
         upstream.send(ok("connection: close\r\n", "well")).await;
         assert_eq!(again.answer().await.text(), "well");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_asks_later_has_time_of_its_own() {
+    let begun = tokio::time::Instant::now();
+    let total = Duration::from_secs(10);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let upstream = service_fn({
+        let asked = asked.clone();
+        move |_: http::Request<Body>| {
+            let before = asked.fetch_add(1, Ordering::Relaxed);
+            async move {
+                sleep(if before == 0 { Duration::MAX } else { Duration::from_secs(1) }).await;
+                let answer = http::Response::builder().header("cache-control", "max-age=60");
+                Ok::<_, BoxError>(answer.body(Body::from("late")).unwrap())
+            }
+        }
+    });
+    let upstream = HttpService::new(DeadlineLayer::new(total).layer(upstream));
+    let layer = CacheLayer::new(&Config::default(), "all", "api", &State::default(), None, &Metrics::new());
+    let cache = layer.layer(upstream);
+    let ask = async |after: u64| {
+        sleep(Duration::from_secs(after)).await;
+        let answer = cache.clone().oneshot(http::Request::get("/").body(Body::empty()).unwrap()).await;
+        (answer.map_err(|error| Error::find(&*error).map(Error::kind)).map(|answer| answer.status()), begun.elapsed())
+    };
+    let (first, second, third) = tokio::join!(ask(0), ask(6), ask(7));
+    assert_eq!(first, (Err(Some(Kind::DeadlineExceeded)), total));
+    let both = (Ok(http::StatusCode::OK), Duration::from_secs(11));
+    assert_eq!((second, third), (both, both), "asked for once more, by one of them");
+    assert_eq!(asked.load(Ordering::Relaxed), 2);
 }
 
 #[tokio::test(flavor = "multi_thread")]

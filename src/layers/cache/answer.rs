@@ -6,6 +6,7 @@ use http::header::RANGE;
 use tower::Service;
 
 use super::{
+    fill::{Failure, failed},
     freshness::Verdict,
     gate::Gate,
     hub,
@@ -110,8 +111,10 @@ impl Gate {
         S: CloneService + Sync,
     {
         let mut status = CacheStatus::forwarded(Forward::UriMiss);
-        let (mut variant, mut has_looked) = (None, false);
+        let (mut variant, mut has_looked, mut was_late) = (None, false, false);
+        let mut known = None;
         for _ in 0..ROUNDS {
+            known = None;
             let (key, entry) = self.kept.look(question.primary, variant, &question.head.headers);
             let (entry, is_known) = self.known(&question, key, entry).await;
             let stale = match entry {
@@ -121,6 +124,7 @@ impl Gate {
                     }
                     let is_fresh = stored.life.remaining(SystemTime::now()) > 0;
                     status = CacheStatus::forwarded(if is_fresh { Forward::Request } else { Forward::Stale });
+                    known = Some((key, stored.clone()));
                     Some(stored)
                 }
                 Some(Entry::Pass) => {
@@ -149,32 +153,51 @@ impl Gate {
                 return Err(Error::from(NOT_CACHED).into());
             }
             if is_alone {
-                return self.pass_beside(inner, question, status, stale.map(|stale| (key, stale))).await;
+                break;
             }
             match self.upstream(&inner, &question, key, stale, &mut status).await {
                 Step::Done(response) => return response,
                 Step::Again(of) => variant = of.or(variant),
+                Step::Late(_) if !mem::replace(&mut was_late, true) => {}
+                Step::Late(error) => {
+                    self.note(&question.head, CacheOutcome::Coalesced);
+                    return Err(error);
+                }
                 Step::Alone => break,
             }
         }
-        self.pass_question(inner, question, CacheStatus { collapsed: false, ..status }).await
+        let status = CacheStatus { collapsed: false, ..status };
+        match known {
+            Some((key, stored)) => self.pass_beside(inner, question, status, key, stored).await,
+            None => self.pass_question(inner, question, status).await,
+        }
     }
 
-    /// Lets the request go on by itself. An answer to `HEAD` may tell that the stored one holds no more (§4.3.5).
+    /// Lets the request go on by itself, where there is a stored answer that it cannot have. Where the upstream fails, it
+    /// may have it all the same; and an answer to `HEAD` may tell that it holds no more (§4.3.5).
     async fn pass_beside<S>(
         &self,
-        inner: S,
+        mut inner: S,
         question: Question,
         status: CacheStatus,
-        stale: Option<(Key, Arc<Stored>)>,
+        key: Key,
+        stored: Arc<Stored>,
     ) -> Result<Response, BoxError>
     where
         S: Service<Request, Response = Response, Error: Into<BoxError>>,
     {
-        let is_head = question.head.method == http::Method::HEAD;
-        let response = self.pass_question(inner, question, status).await?;
-        if let Some((key, stored)) = stale
-            && is_head
+        let request = Request::from_parts(question.head.clone(), question.body.clone().into());
+        let answer = inner.call(request).await.map_err(Into::into);
+        if let Some(fwd_status) = failed(&answer) {
+            let failure = Failure { stale: stored.clone(), key, status: fwd_status };
+            if let Some(response) = self.stale_if_error(&question, key, &failure, status) {
+                return Ok(response);
+            }
+        }
+        self.note(&question.head, CacheOutcome::Miss);
+        let mut response = answer?;
+        CacheStatus { fwd_status: Some(response.status()), ..status }.append(response.headers_mut());
+        if question.head.method == http::Method::HEAD
             && response.status() == stored.status
             && !validate::head_agrees(&stored.headers, response.headers())
         {
@@ -183,7 +206,7 @@ impl Gate {
                 shared.remove(key);
             }
         }
-        Ok(response)
+        Ok(self.resumable(response, question.own))
     }
 
     /// What is stored, if it may be given.

@@ -163,23 +163,24 @@ where
     let (requested, begun) = (SystemTime::now(), Instant::now());
     let answer = inner.call(request).await;
     let received = SystemTime::now();
-    let failure = |status: Option<StatusCode>| {
-        let stale = job.stale.clone()?;
-        Some(Arc::new(Failure { stale, key: job.key, status }))
-    };
-    let response = match answer.map_err(Into::into) {
+    let answer = answer.map_err(Into::into);
+    let failure = failed(&answer).zip(job.stale.clone());
+    let failure = failure.map(|(status, stale)| Arc::new(Failure { stale, key: job.key, status }));
+    let response = match answer {
         Ok(response) => response,
         Err(error) => {
             let found = Error::find(&*error);
             let (kind, retry_after) = (found.map_or(Kind::Internal, Error::kind), found.and_then(Error::retry_after));
             let failed = Outcome::Failed { first: Arc::new(Mutex::new(Some(error))), kind, retry_after };
-            return match failure(None).filter(|_| kind.fault() != Fault::Client) {
+            return match failure {
                 Some(failure) => Outcome::StaleIfError(failure, Box::new(failed)),
                 None => failed,
             };
         }
     };
-    if let Some(stale) = job.stale.as_ref().filter(|_| response.status() == StatusCode::NOT_MODIFIED) {
+    // By another method than `GET` nobody asked on a condition, and what the upstream means by it is for the client to see.
+    let is_told = response.status() == StatusCode::NOT_MODIFIED && job.head.method == Method::GET;
+    if let Some(stale) = job.stale.as_ref().filter(|_| is_told) {
         if !validate::selects(&stale.headers, response.headers()) {
             // About another answer than ours (§4.3.4): this one is asked for without a condition.
             let mut head = job.head.clone();
@@ -189,7 +190,6 @@ where
         }
         return renewed(stale, response.headers(), &job, &place, (requested, received));
     }
-    let failure = failure(Some(response.status())).filter(|_| is_failure(response.status()));
     let fits = resume::fits(&response);
     let (parts, body) = response.into_parts();
     let outcome = match storable(&parts, &body, &job, (requested, received)) {
@@ -220,6 +220,18 @@ fn is_for_all(parts: &response::Parts, job: &Job) -> bool {
     let shows_none = job.terms.rules.keyed_by_credential || !job.head.headers.contains_key(AUTHORIZATION);
     let is_own = said.no_store || said.private.is_some() || parts.headers.contains_key(SET_COOKIE);
     shows_none && !is_own && !vary::is_star(&parts.headers)
+}
+
+/// Whether a stored answer may stand in: the upstream has failed, with a status or without.
+#[expect(clippy::option_option, reason = "a failure, and its status")]
+pub(super) fn failed(answer: &Result<Response, BoxError>) -> Option<Option<StatusCode>> {
+    match answer {
+        Ok(response) => is_failure(response.status()).then(|| Some(response.status())),
+        Err(error) => {
+            let kind = Error::find(&**error).map_or(Kind::Internal, Error::kind);
+            (kind.fault() != Fault::Client).then_some(None)
+        }
+    }
 }
 
 /// Whether an answer says that the upstream failed (RFC 5861 §4).

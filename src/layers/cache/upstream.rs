@@ -24,7 +24,7 @@ use super::{
     tags, validate,
 };
 use crate::{
-    message::{BoxError, CloneService, Error, Request, Response},
+    message::{BoxError, CloneService, Error, Kind, Request, Response},
     telemetry::{Exchange, exchange::CacheOutcome},
 };
 
@@ -34,6 +34,8 @@ pub(super) enum Step {
     Done(Result<Response, BoxError>),
     /// The answer was another's. More is known now: under which key its own would be.
     Again(Option<Key>),
+    /// Whose question it was had no more time. This one came later.
+    Late(BoxError),
     /// By itself.
     Alone,
 }
@@ -130,15 +132,19 @@ impl Gate {
                 })
             }
             Outcome::Failed { first: error, kind, retry_after } => {
-                self.note(&question.head, whose);
                 let own = first.then(|| error.lock().take()).flatten();
-                Step::Done(Err(own.unwrap_or_else(|| {
+                let error = own.unwrap_or_else(|| {
                     let error = Error::new(kind, "the request that this one waited for failed");
                     match retry_after {
                         Some(after) => error.with_retry_after(after).into(),
                         None => error.into(),
                     }
-                })))
+                });
+                if !first && kind == Kind::DeadlineExceeded {
+                    return Step::Late(error);
+                }
+                self.note(&question.head, whose);
+                Step::Done(Err(error))
             }
         }
     }
