@@ -22,10 +22,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -207,17 +207,23 @@ NGINX_LOG = ("{log}", "access_log {tmp}/access.log line buffer=64k flush=1s")
 NO_CACHE = ("{cache}", "proxy_cache off")
 
 
-def cached_kinds(sidegate: str) -> list[Kind]:
-    """Those that keep what the upstream has said, each in its own way; and sidegate without a cache."""
+def cached_kinds(sidegate: str, redis: Optional[int]) -> list[Kind]:
+    """sidegate that keeps answers in memory, that keeps none, and that finds them in Redis; and then its peers."""
+    run = [sidegate, "run", "{config}"]
+    # Room for fewer answers than are asked for: nearly all of them come out of Redis.
+    there = (("{redis}", f'redis: {{ url: "redis://127.0.0.1:{redis}" }}'), ("{memory}", "max_bytes: 256KiB, max_body: 64KiB"))
     keep = "proxy_cache_path {tmp}/cache keys_zone=kept:16m max_size=64m; proxy_cache kept; proxy_cache_valid 200 1h"
     varnish = ["varnishd", "-F", "-j", "none", "-n", "{tmp}", "-a", "127.0.0.1:{port}", "-b", "127.0.0.1:{upstream}"]
-    all_kinds = [
-        Kind("sidegate", [sidegate, "run", "{config}"], "cached.yaml", one_port=True),
-        Kind("no cache", [sidegate, "run", "{config}"], "sidegate.yaml", one_port=True),
+    peers = [
         Kind("nginx", ["nginx", "-p", "{tmp}", "-c", "{config}"], "nginx.conf", (NGINX_LOG, ("{cache}", keep))),
         Kind("varnish", [*varnish, "-t", "3600", "-s", "malloc,64m", "-p", "thread_pools=1"]),
     ]
-    return [kind for kind in all_kinds if kind.name not in ("nginx", "varnish") or shutil.which(kind.command[0])]
+    return [
+        Kind("sidegate", run, "cached.yaml", (("{redis}", ""), ("{memory}", "max_bytes: 64MiB")), one_port=True),
+        Kind("no cache", run, "sidegate.yaml", one_port=True),
+        Kind("in Redis", run, "cached.yaml", there, one_port=True),
+        *(peer for peer in peers if shutil.which(peer.command[0])),
+    ]
 
 
 def kinds(sidegates: dict[str, str], hyper_min: str) -> dict[str, Kind]:
@@ -324,10 +330,10 @@ def run_load(bench: "Bench", argv: list[str], seconds: int) -> str:
     return done.stdout
 
 
-def wrk(path: str, connections: int, method: str = "GET", size: int = 0) -> Load:
+def wrk(path: str, connections: int, method: str = "GET", size: int = 0, keys: int = 1) -> Load:
     def load(bench: "Bench", proxy: Proxy, seconds: int, prefix: list[str]) -> Sample:
         options = ["-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(HERE / "wrk.lua")]
-        out = run_load(bench, [*prefix, "wrk", *options, f"http://{proxy.address}{path}", "--", method, str(size)], seconds)
+        out = run_load(bench, [*prefix, "wrk", *options, f"http://{proxy.address}{path}", "--", method, str(size), str(keys)], seconds)
         return json.loads(next(line[5:] for line in out.splitlines() if line.startswith("JSON ")))
 
     return load
@@ -418,6 +424,14 @@ CACHED = [
     Scenario("hits", "Cache: hits of 13 B, 64 connections", "wrk", wrk("/hello", 64), requests(times_nginx(1))),
     Scenario("hits64k", "Cache: hits of 64 KiB, 32 connections", "wrk", wrk("/json64k", 32), requests(times_nginx(1))),
 ]
+# More answers than sidegate has room for in memory, where its others are in Redis.
+MANY = Scenario(
+    "many",
+    "Cache: hits of 13 B under 10,000 keys in turn, 64 connections",
+    "wrk",
+    wrk("/hello", 64, keys=10_000),
+    requests(times_nginx(1)),
+)
 # Of sidegate alone: nothing is a hit, and everything is recorded.
 RECORDED = Scenario(
     "recorded",
@@ -540,18 +554,37 @@ class Bench:
             result["syscalls"] = syscalls
         return result
 
-    def limits(self, sidegate: str) -> tuple[list[tuple[str, list[Row], dict[str, Sample]]], float]:
-        """What limits cost, and the median of a bare EVALSHA of their script, in microseconds."""
+    @contextmanager
+    def redis(self) -> Iterator[int]:
+        """The port of a Redis that keeps nothing on disk, beside the upstream."""
         (port,) = free_ports(1)
         options = ["--port", str(port), "--save", "", "--appendonly", "no", "--dir", str(self.tmp)]
         redis = spawn(["redis-server", *options], self.load_core, stdout=subprocess.DEVNULL)
-        cli = ["redis-cli", "-p", str(port)]
         try:
             deadline = time.monotonic() + 10
-            while subprocess.run([*cli, "PING"], capture_output=True).stdout != b"PONG\n":
+            while subprocess.run(["redis-cli", "-p", str(port), "PING"], capture_output=True).stdout != b"PONG\n":
                 if time.monotonic() > deadline:
                     raise RuntimeError("Redis does not serve")
                 time.sleep(0.05)
+            yield port
+        finally:
+            end(redis)
+
+    def caches(self, sidegate: str) -> list[tuple[str, list[Row], dict[str, Sample]]]:
+        """What hits cost, of all caches; those out of Redis; and what recording a stream does."""
+        has_redis = all(map(shutil.which, ("redis-server", "redis-cli")))
+        with self.redis() if has_redis else nullcontext() as port:
+            here, none, there, *others = cached_kinds(sidegate, port)
+            runs = [(scenario, [here, none, *others]) for scenario in CACHED] if shutil.which("wrk") else []
+            if has_redis and runs:
+                runs.append((MANY, [here, there, *others]))
+            runs.append((RECORDED, [here, none]))
+            return [(scenario.title, scenario.rows, self.scenario(scenario, of)) for scenario, of in runs]
+
+    def limits(self, sidegate: str) -> tuple[list[tuple[str, list[Row], dict[str, Sample]]], float]:
+        """What limits cost, and the median of a bare EVALSHA of their script, in microseconds."""
+        with self.redis() as port:
+            cli = ["redis-cli", "-p", str(port)]
             script = (ROOT / "src/layers/rate_limit/script.lua").read_text()
             known = subprocess.run([*cli, "SCRIPT", "LOAD", script], capture_output=True, text=True, check=True).stdout.strip()
             rule = [["0", "1", "1000000000", "3600000000", "1000000000", "0"], ["1", "1", "1000000000", "3600000000", "1000000000", "0"]]
@@ -566,8 +599,6 @@ class Bench:
             for scenario in LIMITS:
                 sections.append((scenario.title, scenario.rows, self.scenario(scenario, all_kinds)))
             return sections, trip
-        finally:
-            end(redis)
 
     def attempt(self, proxy: Proxy, what: Callable[[Proxy], object]):
         """A failed round is told and left out; it does not end the run."""
@@ -699,8 +730,8 @@ def limits_table(sections: list[tuple[str, list[Row], dict[str, Sample]]], trip:
 
 
 def cached_table(sections: list[tuple[str, list[Row], dict[str, Sample]]]) -> tuple[list[str], int, int]:
-    names = [name for name in ("sidegate", "no cache", "nginx", "varnish") if any(name in figures for _, _, figures in sections)]
-    return table(sections, names, ["no cache", "nginx", "varnish"])
+    names = [name for name in ("sidegate", "no cache", "in Redis", "nginx", "varnish") if any(name in figures for _, _, figures in sections)]
+    return table(sections, names, ["no cache", "in Redis", "nginx", "varnish"])
 
 
 def said_by(argv: list[str], pattern: str) -> str:
@@ -834,9 +865,7 @@ def main() -> None:
             elif "limits" in options.only:
                 bench.notes.append("limits are left out: wrk or Redis is not installed")
             if "cache" in options.only:
-                of = cached_kinds(sidegate)
-                scenarios = [(s, of) for s in CACHED if shutil.which("wrk")] + [(RECORDED, of[:2])]
-                cached = [(s.title, s.rows, bench.scenario(s, those)) for s, those in scenarios]
+                cached = bench.caches(sidegate)
             if "memory" in options.only:
                 raw["memory"] = bench.memory([by_name[n] for n in names])
                 sections.append(("Memory", MEMORY_ROWS, raw["memory"]))
