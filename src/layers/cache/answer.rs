@@ -2,7 +2,9 @@
 
 use std::{mem, sync::Arc, time::SystemTime};
 
-use http::header::RANGE;
+use bytes::Bytes;
+use http::{header::RANGE, request::Parts};
+use http_body::Body as HttpBody;
 use tower::Service;
 
 use super::{
@@ -22,7 +24,7 @@ use super::{
     validate,
 };
 use crate::{
-    message::{BoxError, CloneService, Error, Kind, Request, Response, asks_for_tunnel},
+    message::{Body, BoxError, CloneService, Error, Kind, Request, Response, asks_for_tunnel},
     telemetry::exchange::CacheOutcome,
 };
 
@@ -36,15 +38,41 @@ const NOT_CACHED: Kind = Kind::Custom {
     detail: "The request asks for a stored answer only, and there is none.",
 };
 
+/// What a request is to the cache by its head.
+pub(super) enum Begun {
+    /// All of it is there.
+    Asked(Asked),
+    /// What it asks is in its body, which has to come first.
+    Uploads(Parts, Body, Option<Last>),
+    /// It drops what it changes.
+    Changes(Request),
+}
+
+/// What becomes of a request that asks something.
+pub(super) enum Asked {
+    /// The answer is at hand.
+    Answered(Response),
+    /// The answer has to be found: this is what there is, and under which key.
+    Open(Question, Key, Option<Entry>),
+    /// It goes on as if there were no cache.
+    Passes(Request, CacheStatus),
+    /// So does what it asks. What it gets can be taken up again.
+    PassesQuestion(Question, CacheStatus),
+}
+
+fn bypass(why: &'static str) -> CacheStatus {
+    CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) }
+}
+
 impl Gate {
-    /// The answer to a request of the route.
-    pub(super) async fn serve<S>(self: Arc<Self>, inner: S, request: Request) -> Result<Response, BoxError>
+    /// What a request of the route is to the cache. A hit in memory is answered here, without a future of its own: the one
+    /// that can wait for whatever there is to wait for is large, and making it takes as long as all the rest of a hit.
+    pub(super) fn begin<S>(&self, inner: &S, request: Request) -> Begun
     where
         S: CloneService + Sync,
     {
         if asks_for_tunnel(&request) {
-            let status = CacheStatus { detail: Some("upgrade"), ..CacheStatus::forwarded(Forward::Bypass) };
-            return self.pass(inner, request, status).await;
+            return Begun::Asked(Asked::Passes(request, bypass("upgrade")));
         }
         let (mut head, body) = request.into_parts();
         let last = self.resume.as_ref().and_then(|_| Last::of(&head.headers));
@@ -53,33 +81,67 @@ impl Gate {
             head.headers.remove(LAST_EVENT_ID);
         }
         match Part::of(&head, &self.config) {
-            Part::Look => {}
+            Part::Look if body.is_end_stream() => Begun::Asked(self.ask(inner, head, Bytes::new(), last)),
+            Part::Look => Begun::Uploads(head, body, last),
             Part::None(why, detail) => {
                 let status = CacheStatus { detail, ..CacheStatus::forwarded(why) };
-                return self.pass(inner, Request::from_parts(head, body), status).await;
+                Begun::Asked(Asked::Passes(Request::from_parts(head, body), status))
             }
-            Part::Drop => return self.change(inner, Request::from_parts(head, body)).await,
+            Part::Drop => Begun::Changes(Request::from_parts(head, body)),
         }
-        let body = match gather(body, Question::most(&head, &self.config)).await? {
-            Ok(body) => body,
-            Err(body) => {
-                let status = CacheStatus { detail: Some("body-too-large"), ..CacheStatus::forwarded(Forward::Bypass) };
-                return self.pass(inner, Request::from_parts(head, body), status).await;
-            }
-        };
+    }
+
+    /// What becomes of a request that is all there.
+    fn ask<S>(&self, inner: &S, head: Parts, body: Bytes, last: Option<Last>) -> Asked
+    where
+        S: CloneService + Sync,
+    {
         match Question::new(head, body, &self.route, &self.config) {
-            Ok(question) => {
-                if let Some(response) = last.and_then(|last| self.take_up(&question, last)) {
-                    return Ok(response);
-                }
-                let Some(why) = question.bypass else { return self.answer(inner, question).await };
-                let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
-                self.pass_question(inner, question, status).await
-            }
-            Err((request, why)) => {
-                let status = CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) };
-                self.pass(inner, request, status).await
-            }
+            Ok(question) => match last.and_then(|last| self.take_up(&question, last)) {
+                Some(response) => Asked::Answered(response),
+                None => self.look(inner, question),
+            },
+            Err((request, why)) => Asked::Passes(request, bypass(why)),
+        }
+    }
+
+    /// What becomes of a question.
+    fn look<S>(&self, inner: &S, question: Question) -> Asked
+    where
+        S: CloneService + Sync,
+    {
+        if let Some(why) = question.bypass {
+            return Asked::PassesQuestion(question, bypass(why));
+        }
+        let (key, entry) = self.kept.look(question.primary, None, &question.head.headers);
+        if let Some(Entry::Answer(stored)) = &entry
+            && self.terms.shared.as_ref().is_none_or(|shared| shared.is_known(stored))
+            && let Some(response) = self.stored(inner, &question, key, stored)
+        {
+            return Asked::Answered(response);
+        }
+        Asked::Open(question, key, entry)
+    }
+
+    /// The answer to a request that has begun.
+    pub(super) async fn go_on<S>(self: Arc<Self>, inner: S, begun: Begun) -> Result<Response, BoxError>
+    where
+        S: CloneService + Sync,
+    {
+        let asked = match begun {
+            Begun::Asked(asked) => asked,
+            Begun::Changes(request) => return self.change(inner, request).await,
+            Begun::Uploads(head, body, last) => match gather(body, Question::most(&head, &self.config)).await? {
+                Ok(body) => self.ask(&inner, head, body, last),
+                Err(body) => Asked::Passes(Request::from_parts(head, body), bypass("body-too-large")),
+            },
+        };
+        match asked {
+            Asked::Answered(response) => Ok(response),
+            // Boxed: what need not wait shall not make room for it.
+            Asked::Open(question, key, entry) => Box::pin(self.answer(inner, question, (key, entry))).await,
+            Asked::Passes(request, status) => self.pass(inner, request, status).await,
+            Asked::PassesQuestion(question, status) => self.pass_question(inner, question, status).await,
         }
     }
 
@@ -105,17 +167,24 @@ impl Gate {
         Some(response)
     }
 
-    /// The answer to a question that may be kept.
-    async fn answer<S>(self: Arc<Self>, inner: S, question: Question) -> Result<Response, BoxError>
+    /// The answer to a question that may be kept. `found` is what there is for it, and under which key.
+    async fn answer<S>(
+        self: Arc<Self>,
+        inner: S,
+        question: Question,
+        found: (Key, Option<Entry>),
+    ) -> Result<Response, BoxError>
     where
         S: CloneService + Sync,
     {
         let mut status = CacheStatus::forwarded(Forward::UriMiss);
-        let (mut variant, mut has_looked, mut was_late) = (None, false, false);
+        let (mut found, mut variant) = (Some(found), None);
+        let (mut has_looked, mut was_late) = (false, false);
         let mut known = None;
         for _ in 0..ROUNDS {
             known = None;
-            let (key, entry) = self.kept.look(question.primary, variant, &question.head.headers);
+            let look = || self.kept.look(question.primary, variant, &question.head.headers);
+            let (key, entry) = found.take().unwrap_or_else(look);
             let (entry, is_known) = self.known(&question, key, entry).await;
             let stale = match entry {
                 Some(Entry::Answer(stored)) => {

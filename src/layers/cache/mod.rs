@@ -82,6 +82,7 @@ mod warm;
 mod warmed;
 
 use std::{
+    future::ready,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -90,7 +91,10 @@ use std::{
 use futures_util::future::BoxFuture;
 use tower::{Layer, Service};
 
-use self::gate::Gate;
+use self::{
+    answer::{Asked, Begun},
+    gate::Gate,
+};
 pub use self::{
     config::{Config, InRedis, Method, Replay},
     purge::Target,
@@ -168,8 +172,9 @@ where
     }
 
     fn call(&mut self, request: Request) -> ResponseFuture {
-        let inner = take_ready(&mut self.inner);
-        let gate = self.gate.clone();
-        Box::pin(async move { gate.serve(inner, request).await })
+        match self.gate.begin(&self.inner, request) {
+            Begun::Asked(Asked::Answered(response)) => Box::pin(ready(Ok(response))),
+            begun => Box::pin(self.gate.clone().go_on(take_ready(&mut self.inner), begun)),
+        }
     }
 }

@@ -52,8 +52,13 @@ static IDENTITIES: LazyLock<Vec<HeaderName>> = LazyLock::new(|| {
 });
 
 /// Fields by which some backends take a request for another one than it says it is.
-const OVERRIDES: [&str; 5] =
-    ["x-http-method-override", "x-http-method", "x-method-override", "x-original-url", "x-rewrite-url"];
+const OVERRIDES: [HeaderName; 5] = [
+    HeaderName::from_static("x-http-method-override"),
+    HeaderName::from_static("x-http-method"),
+    HeaderName::from_static("x-method-override"),
+    HeaderName::from_static("x-original-url"),
+    HeaderName::from_static("x-rewrite-url"),
+];
 
 /// What the cache is for a request.
 pub(super) enum Part {
@@ -77,7 +82,7 @@ impl Part {
             return if head.method.is_safe() { Self::None(Forward::Method, None) } else { Self::Drop };
         }
         let has = |name: HeaderName| head.headers.contains_key(name);
-        if OVERRIDES.iter().any(|name| head.headers.contains_key(*name)) {
+        if head.headers.keys().any(|name| OVERRIDES.contains(name)) {
             return Self::None(Forward::Bypass, Some("override"));
         }
         let posts = head.method == http::Method::POST;
@@ -85,8 +90,8 @@ impl Part {
             return Self::None(Forward::Bypass, Some("precondition"));
         }
         // Where it says nothing, backends take it for JSON, or for nothing at all: the key makes a difference.
-        let silent = !has(CONTENT_TYPE) && !has(CONTENT_ENCODING);
-        if posts && !silent && !json::is_json(&head.headers) {
+        let silent = || !has(CONTENT_TYPE) && !has(CONTENT_ENCODING);
+        if posts && !silent() && !json::is_json(&head.headers) {
             return Self::None(Forward::Bypass, Some("body-not-json"));
         }
         // The rest of a stream is not what another one gets, who begins it.
