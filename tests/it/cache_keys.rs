@@ -1,6 +1,10 @@
 //! Whose answer it is, and how much is kept: keys, principals, reloads and bounds.
 
-use std::{collections::HashSet, time::Instant};
+use std::{
+    collections::HashSet,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use serde_json::json;
 use tokio::task::JoinSet;
@@ -9,7 +13,7 @@ use crate::{
     auth::{keys, new_key},
     cache::{cached, get, is_hit, ok, source},
     cache_streams::post,
-    harness::{Message, Proxy, Wire, backend::Recorder, eventually, figure, ms},
+    harness::{Message, Proxy, Wire, backend::Recorder, eventually, figure, ms, proxy::given_binary},
 };
 
 /// A backend whose answers count.
@@ -266,13 +270,13 @@ routes:
     eventually("the hits to cost nothing", async || left().await == 960).await;
 }
 
-/// Asks for `paths` over `connections` at once, one after the other on each; what each was answered, and the time
+/// Sends `requests` over `connections` at once, one after the other on each; what each was answered, and the time
 /// until then.
-async fn ask_all(proxy: &Proxy, connections: usize, requests: Vec<String>) -> Vec<(bool, std::time::Duration)> {
+async fn ask_all(address: SocketAddr, connections: usize, requests: Vec<String>) -> Vec<(bool, Duration)> {
     let mut clients = JoinSet::new();
     let share = requests.len().div_ceil(connections);
     for part in requests.chunks(share) {
-        let (address, part) = (proxy.address(), part.to_vec());
+        let part = part.to_vec();
         clients.spawn(async move {
             let mut wire = Wire::to(address).await;
             let mut seen = Vec::with_capacity(part.len());
@@ -281,7 +285,9 @@ async fn ask_all(proxy: &Proxy, connections: usize, requests: Vec<String>) -> Ve
                 wire.send(request).await;
                 let answer = wire.answer().await;
                 assert_eq!(answer.status(), 200);
-                seen.push((is_hit(&answer), begun.elapsed()));
+                let took = begun.elapsed();
+                // The upstream says nothing of it.
+                seen.push((answer.head.get("cache-status").is_some() && is_hit(&answer), took));
             }
             seen
         });
@@ -291,18 +297,19 @@ async fn ask_all(proxy: &Proxy, connections: usize, requests: Vec<String>) -> Ve
 
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_is_bounded_whatever_is_asked() {
-    // As many as it takes to see that it does not grow; `CACHE_KEYS` asks for more.
+    // As many as it takes to see that it does not grow. A million, with a binary that is fast enough for that:
+    // TESTED_BINARY=target/release/sidegate CACHE_KEYS=1000000 CACHE_MIB=64 cargo test --test it cache_keys::memory
     let count: usize = std::env::var("CACHE_KEYS").ok().and_then(|count| count.parse().ok()).unwrap_or(20_000);
     let most: u64 = std::env::var("CACHE_MIB").ok().and_then(|mib| mib.parse().ok()).unwrap_or(16);
     let body = "x".repeat(4 << 10);
     let backend = Recorder::counting(ok("", &body)).await;
     let proxy = Proxy::before(&backend.url(), &cached(&format!("{{ ttl: 1h, max_bytes: {most}MiB }}"))).await;
-    ask_all(&proxy, 8, (0..100).map(|n| get(&format!("/warm/{n}"), "")).collect()).await;
+    ask_all(proxy.address(), 8, (0..100).map(|n| get(&format!("/warm/{n}"), "")).collect()).await;
     let before = proxy.resident();
     let mut peak = before;
     for part in 0..20 {
         let requests = (0..count / 20).map(|n| get(&format!("/{part}/{n}"), "")).collect();
-        ask_all(&proxy, 8, requests).await;
+        ask_all(proxy.address(), 8, requests).await;
         peak = peak.max(proxy.resident());
     }
     let grown = (peak - before) / 1024;
@@ -333,15 +340,31 @@ async fn what_is_asked_often_is_mostly_answered_without_the_upstream() {
         let prompt = sums.partition_point(|known| *known < at);
         post("/v1/chat/completions", "", &json!({ "model": "m", "prompt": prompt }).to_string())
     });
-    let seen = ask_all(&proxy, 16, requests.collect()).await;
-    let mut hits: Vec<_> = seen.iter().filter(|(hit, _)| *hit).map(|(_, took)| *took).collect();
-    hits.sort_unstable();
-    let asked = backend.count();
-    let share = 100 - 100 * asked / seen.len();
+    let requests: Vec<_> = requests.collect();
+    // Few at once: more would wait for this test, and not for the proxy.
+    let seen = ask_all(proxy.address(), 4, requests.clone()).await;
+    let (asked, share) = (backend.count(), 100 - 100 * backend.count() / seen.len());
+    let hits = seen.iter().filter(|(hit, _)| *hit).map(|(_, took)| *took).collect();
+    let bare = ask_all(backend.address(), 4, requests[..2000].to_vec()).await;
+    let (hits, bare) = (percentiles(hits), percentiles(bare.into_iter().map(|(_, took)| took).collect()));
     figure(&format!(
-        "10000 requests over 1000 prompts: the upstream saw {asked}, {share} % fewer; hits p50 {}, p99 {}",
-        ms(hits[hits.len() / 2]),
-        ms(hits[hits.len() * 99 / 100])
+        "10000 requests over 1000 prompts: the upstream saw {asked}, {share} % fewer; hits p50 {}, p99 {} (the upstream \
+         alone, asked in the same way: {}, {})",
+        ms(hits[0]),
+        ms(hits[1]),
+        ms(bare[0]),
+        ms(bare[1])
     ));
     assert!(share >= 60, "{share}");
+    // A debug build says nothing about time, nor does a machine that is busy with something else:
+    // TESTED_BINARY=target/release/sidegate cargo test --test it cache_keys::what_is_asked_often
+    if given_binary().is_some() {
+        assert!(hits[1] < Duration::from_millis(5), "{}", ms(hits[1]));
+    }
+}
+
+/// The middle and the 99th percentile.
+fn percentiles(mut of: Vec<Duration>) -> [Duration; 2] {
+    of.sort_unstable();
+    [of[of.len() / 2], of[of.len() * 99 / 100]]
 }

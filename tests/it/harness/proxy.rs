@@ -1,11 +1,12 @@
 //! The real binary, on ports that the system chooses.
 
 use std::{
+    env,
     fmt::Write as _,
     fs,
     io::{BufRead, BufReader, Read},
     net::SocketAddr,
-    path::PathBuf,
+    path::{self, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, mpsc},
     thread,
@@ -29,6 +30,17 @@ pub struct Proxy {
     directory: TempDir,
     address: Option<SocketAddr>,
     gone: bool,
+}
+
+/// What is run: the binary that the tests are built with, or the one of the environment variable `TESTED_BINARY`, for
+/// figures of a release build.
+fn binary() -> PathBuf {
+    given_binary().unwrap_or_else(|| env!("CARGO_BIN_EXE_sidegate").into())
+}
+
+/// The binary of `TESTED_BINARY`, if it is set. It is taken for an optimized one.
+pub fn given_binary() -> Option<PathBuf> {
+    env::var_os("TESTED_BINARY").map(|path| path::absolute(path).expect("a path"))
 }
 
 /// All lines that the process wrote so far.
@@ -92,7 +104,7 @@ impl Proxy {
     }
 
     fn spawn(directory: TempDir, arguments: &[&str], variables: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_sidegate"))
+        let mut child = Command::new(binary())
             .args(arguments)
             .envs(variables.iter().copied())
             .current_dir(directory.path())
