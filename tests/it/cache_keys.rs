@@ -13,7 +13,7 @@ use crate::{
     auth::{keys, new_key},
     cache::{cached, get, is_hit, ok, source},
     cache_streams::post,
-    harness::{Message, Proxy, Wire, backend::Recorder, eventually, figure, ms, proxy::given_binary},
+    harness::{Backend, Message, Proxy, Wire, backend::Recorder, eventually, figure, ms, proxy::given_binary},
 };
 
 /// A backend whose answers count.
@@ -74,6 +74,14 @@ async fn who_shows_credentials_has_answers_of_its_own() {
         "api-key: a\r\n",
         "x-goog-api-key: a\r\n",
         "x-session-id: a\r\n",
+        "x-auth-token: a\r\n",
+        "x-auth-token: b\r\n",
+        "x-access-token: a\r\n",
+        "mcp-session-id: a\r\n",
+        "cf-access-jwt-assertion: a\r\n",
+        "x-amzn-oidc-data: a\r\n",
+        "x-goog-iap-jwt-assertion: a\r\n",
+        "remote-user: a\r\n",
     ];
     let mut seen = HashSet::new();
     for fields in shown {
@@ -86,6 +94,95 @@ async fn who_shows_credentials_has_answers_of_its_own() {
         proxy.ask(get("/shared", fields)).await;
     }
     assert_eq!(backend.count() - before, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_principal_of_another_tier_has_answers_of_its_own() {
+    let (free, frees) = new_key(&["--id", "alice", "--tier", "free"]);
+    let (gold, golds) = new_key(&["--id", "alice", "--tier", "gold"]);
+    let (_folder, file) = keys(&[&frees, &golds]);
+    let backend = Recorder::scripted(|_, request| {
+        ok("cache-control: max-age=600\r\n", request.head.get("x-principal-tier").expect("the upstream is told"))
+    })
+    .await;
+    let settings = format!(
+        "defaults: {{ auth: {{ api_keys: {{ file: {file} }} }} }}
+routes: [{{ upstream: api, cache: {{}} }}, {{ match: {{ path: /chat }}, upstream: api, cache: {{ methods: [POST], key: [body], ttl: 1h }} }}]"
+    );
+    let proxy = Proxy::before(&backend.url(), &settings).await;
+    for turn in 0..2 {
+        for (key, tier) in [(&free, "free"), (&gold, "gold")] {
+            let shown = format!("x-api-key: {key}\r\n");
+            for request in [get("/", &shown), post("/chat", &shown, "{}")] {
+                let answer = proxy.ask(request).await;
+                assert_eq!((answer.text().as_str(), is_hit(&answer)), (tier, turn > 0));
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_backends_may_take_for_another_request_is_neither_kept_nor_given() {
+    let backend = counting().await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    let kept = proxy.get("/kept").await.text();
+    for (n, field) in [
+        "x-http-method-override: DELETE",
+        "x-http-method: DELETE",
+        "x-method-override: DELETE",
+        "x-original-url: /other",
+        "x-rewrite-url: /other",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let fresh = format!("/{n}");
+        let mut answers = HashSet::from([kept.clone()]);
+        for path in ["/kept", &fresh] {
+            let other = proxy.ask(get(path, &format!("{field}\r\n"))).await;
+            assert_eq!(source(&other), "sidegate; fwd=bypass; fwd-status=200; detail=override", "{field}");
+            assert!(answers.insert(other.text()), "{field}: nobody else's");
+        }
+        assert!(answers.insert(proxy.get(&fresh).await.text()), "{field}: and for nobody else");
+    }
+    assert_eq!(proxy.get("/kept").await.text(), kept);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_trusted_proxy_says_of_the_name_that_the_client_knows_counts() {
+    let fields = [
+        "",
+        "x-forwarded-host: one.example\r\n",
+        "x-forwarded-host: two.example\r\n",
+        "x-forwarded-host: two.example\r\nx-forwarded-port: 666\r\n",
+        "x-forwarded-host: two.example\r\nx-forwarded-proto: https\r\n",
+        "x-forwarded-port: 666\r\n",
+        "x-forwarded-prefix: /evil\r\n",
+        "x-forwarded-prefix: /evil/er\r\n",
+        "forwarded: host=one.example\r\n",
+        "forwarded: host=two.example\r\n",
+        "forwarded: host=two.example;proto=https\r\n",
+        "x-forwarded-user: alice\r\n",
+    ];
+    let backend = counting().await;
+    let proxy =
+        Proxy::before(&backend.url(), &format!("hygiene: {{ trusted_proxies: private }}\n{}", cached("{}"))).await;
+    let mut seen = HashSet::new();
+    for fields in fields {
+        let first = proxy.ask(get("/", fields)).await.text();
+        assert!(seen.insert(first.clone()), "{fields}: another's");
+        // Who the client is makes no difference.
+        let from = fields.replace("host=", "for=203.0.113.9;host=") + "x-forwarded-for: 203.0.113.9\r\n";
+        for fields in [fields, &from] {
+            assert_eq!(proxy.ask(get("/", fields)).await.text(), first, "{fields}");
+        }
+    }
+    // Of a stranger it is not believed, and told to nobody.
+    let backend = counting().await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    for fields in fields {
+        assert_eq!(proxy.ask(get("/", fields)).await.text(), "0", "{fields}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -225,8 +322,43 @@ async fn a_reload_keeps_the_answers_of_a_section_that_stays() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_reload_that_sends_a_route_elsewhere_gives_nothing_of_where_it_went_before() {
+    let old = Backend::start().await;
+    let new = Recorder::answering(ok("cache-control: max-age=600\r\n", "new")).await;
+    let file = |upstream: &str| {
+        format!(
+            "upstreams: {{ old: {{ endpoints: ['{}'] }}, new: {{ endpoints: ['{}'] }} }}
+routes: [{{ upstream: {upstream}, name: all, cache: {{ ttl: 1h, stale_if_error: 1h }} }}]",
+            old.url(),
+            new.url()
+        )
+    };
+    let proxy = Proxy::start(&file("old")).await;
+    let mut client = proxy.connect().await;
+    client.send(get("/kept", "")).await;
+    let (mut upstream, _) = old.accept_head().await;
+    upstream.send(ok("connection: close\r\n", "old")).await;
+    assert_eq!(client.answer().await.text(), "old");
+    assert!(is_hit(&proxy.get("/kept").await));
+    client.send(get("/coming", "")).await;
+    let (mut upstream, _) = old.accept_head().await;
+    upstream.send("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\no").await;
+    client.head().await;
+
+    proxy.rewrite(&file("new"));
+    assert_eq!(proxy.admin_post("/reload").await.status(), 200);
+    for path in ["/kept", "/coming"] {
+        assert_eq!(proxy.get(path).await.text(), "new", "{path}");
+        assert!(is_hit(&proxy.get(path).await), "{path}");
+    }
+    upstream.send("ld").await;
+    assert_eq!(client.exactly(3).await, b"old", "who asked before gets what it asked for");
+    assert_eq!(proxy.get("/coming").await.text(), "new");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_reload_lets_readers_of_an_answer_on_its_way_go_on() {
-    let backend = crate::harness::Backend::start().await;
+    let backend = Backend::start().await;
     let proxy = Proxy::start(&file(&backend.url(), "{ ttl: 1h }", "")).await;
     let mut client = proxy.connect().await;
     client.send(get("/", "")).await;

@@ -4,6 +4,7 @@ use tokio::task::JoinSet;
 
 use crate::{
     cache::{YEAR_2020, answer, cached, code, counting, get, is_hit, ok, source},
+    cache_streams::{asking, waiting},
     harness::{Backend, Proxy, Wire, backend::Recorder, eventually, figure},
 };
 
@@ -262,6 +263,43 @@ async fn a_304_that_nobody_asked_for_is_passed_on() {
     assert_eq!(proxy.ask(post).await.text(), "old");
     assert_eq!(proxy.ask(post).await.status(), 304);
     assert_eq!(backend.count(), 2, "and not sent again without its body");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_who_waits_for_an_upstream_that_fails_says_itself_whether_an_old_answer_will_do() {
+    let fields = ["", "cache-control: no-cache\r\n"];
+    for (first, section) in [(0, "{ stale_if_error: 1h }"), (1, "{ stale_if_error: 1h }"), (0, "{}"), (1, "{}")] {
+        for is_dead in [false, true] {
+            let backend = Backend::start().await;
+            let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+            let mut client = asking(&proxy, get("/", "")).await;
+            let (mut upstream, _) = backend.accept_head().await;
+            upstream.send(ok("cache-control: max-age=0, stale-if-error=600\r\nconnection: close\r\n", "old")).await;
+            assert_eq!(client.answer().await.text(), "old");
+
+            // One after the other, so that it is known who asks for both.
+            let mut clients = Vec::new();
+            clients.push(asking(&proxy, get("/", fields[first])).await);
+            let (mut upstream, _) = backend.accept_head().await;
+            clients.push(asking(&proxy, get("/", fields[1 - first])).await);
+            waiting(&proxy, 2).await;
+            if is_dead {
+                drop(upstream);
+            } else {
+                upstream.send(answer("503 Service Unavailable", "", "down")).await;
+            }
+            for (client, n) in clients.iter_mut().zip([first, 1 - first]) {
+                let got = client.answer().await;
+                if n == 0 {
+                    assert_eq!((got.status(), got.text().as_str()), (200, "old"), "{first} {section}: {got:?}");
+                    assert!(source(&got).ends_with("; detail=stale-if-error"), "{got:?}");
+                } else {
+                    assert_eq!(got.status(), if is_dead { 502 } else { 503 }, "{first} {section}: {got:?}");
+                }
+            }
+            assert!(backend.accepted().await.is_none(), "one request failed for both");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -55,7 +55,7 @@ fn chunk(text: &str) -> String {
     format!("{:x}\r\n{text}\r\n", text.len())
 }
 
-async fn asking(proxy: &Proxy, request: impl AsRef<[u8]>) -> Wire {
+pub async fn asking(proxy: &Proxy, request: impl AsRef<[u8]>) -> Wire {
     let mut client = proxy.connect().await;
     client.send(request).await;
     client
@@ -161,7 +161,7 @@ async fn who_asked_first_may_leave_before_there_is_an_answer() {
 }
 
 /// Waits until so many requests are in the proxy's hands.
-async fn waiting(proxy: &Proxy, count: i64) {
+pub async fn waiting(proxy: &Proxy, count: i64) {
     eventually("the requests to be there", async || proxy.sample("sidegate_in_flight{route=\"all\"}").await == count)
         .await;
 }

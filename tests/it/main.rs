@@ -9,6 +9,7 @@ mod auth;
 mod balance;
 mod browser;
 mod cache;
+mod cache_flights;
 mod cache_keys;
 mod cache_redis;
 mod cache_resume;

@@ -9,7 +9,7 @@ use std::{borrow::Cow, fmt};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method,
-    header::{ACCEPT, CONTENT_TYPE, COOKIE},
+    header::{ACCEPT, CONTENT_TYPE, COOKIE, FORWARDED},
 };
 use ring::digest::{SHA256, digest};
 
@@ -78,7 +78,7 @@ impl fmt::Debug for Key {
 }
 
 /// What proxies before us say about where the client thinks it is.
-const FORWARDED: [HeaderName; 2] =
+const X_FORWARDED: [HeaderName; 2] =
     [HeaderName::from_static("x-forwarded-port"), HeaderName::from_static("x-forwarded-prefix")];
 
 /// What makes keys of requests: the same for all of a route.
@@ -139,7 +139,13 @@ impl Keys<'_> {
         if let Some(named) = named.filter(|named| *named != host) {
             hash.put(Tag::Forwarded, named.as_bytes());
         }
-        for name in &FORWARDED {
+        if !asks.host.is_empty() {
+            for pair in named_hops(asks.headers) {
+                hash.put(Tag::Header, FORWARDED.as_str().as_bytes());
+                hash.put(Tag::Value, pair);
+            }
+        }
+        for name in &X_FORWARDED {
             if let Some(value) = field(asks.headers, name) {
                 hash.put(Tag::Header, name.as_str().as_bytes());
                 hash.put(Tag::Value, &value);
@@ -264,6 +270,16 @@ pub(super) fn field<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow
     let mut lines = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     let first = lines.next()?;
     Some(lines.fold(Cow::Borrowed(first), |before, line| [&*before, b", ", line].concat().into()))
+}
+
+/// What `Forwarded` says of hosts and schemes (RFC 7239 §4), and not of who the client and the proxies are.
+fn named_hops(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
+    let lines = headers.get_all(FORWARDED).iter();
+    let pairs = lines.flat_map(|line| line.as_bytes().split(|byte| b",;".contains(byte))).map(<[u8]>::trim_ascii);
+    pairs.filter(|pair| {
+        let name = pair.split(|&byte| byte == b'=').next().unwrap_or_default();
+        !name.eq_ignore_ascii_case(b"for") && !name.eq_ignore_ascii_case(b"by")
+    })
 }
 
 /// The values of a cookie (RFC 6265 §4.2.1), in their order: which of several holds is a matter of the backend.
