@@ -109,6 +109,8 @@ pub struct Config {
     /// that has it. When it is gone, or on another replica, a new stream begins, with new ids. Of one that is larger than
     /// `max_body` the last part is kept; all of them take no more than `max_bytes` beside what is kept: then those that
     /// ended first go first, and what has no room cannot be taken up. Default `off`; at most `1h`.
+    ///
+    /// A stream that says `no-transform` is left as it is, unless `ignore_cache_control` is set.
     pub resume: Toggle<HumanDuration>,
     /// Names under which answers are dropped together: `bot:{id}`, with parameters of the route's path, `{query:NAME}` and
     /// `{header:NAME}`. Default none.

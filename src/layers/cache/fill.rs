@@ -190,7 +190,7 @@ where
         }
         return renewed(stale, response.headers(), &job, &place, (requested, received));
     }
-    let fits = resume::fits(&response);
+    let fits = resume::fits(&response, &job.terms.rules);
     let (parts, body) = response.into_parts();
     let outcome = match storable(&parts, &body, &job, (requested, received)) {
         Ok(life) => {

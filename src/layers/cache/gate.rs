@@ -139,7 +139,9 @@ impl Gate {
 
     /// An answer for the one who asked, which can be taken up again if it is a stream.
     pub(super) fn resumable(&self, response: Response, own: Option<Key>) -> Response {
-        let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response)) else { return response };
+        let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response, &self.terms.rules)) else {
+            return response;
+        };
         let Some(id) = Id::new() else { return response };
         let (parts, body) = response.into_parts();
         let mut headers = stored::own(parts.headers.clone());

@@ -27,7 +27,7 @@ use parking_lot::Mutex;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::{task::JoinSet, time::timeout_at};
 
-use super::{kept::Asking, key::Key, recording::Recording};
+use super::{directives, freshness::Rules, kept::Asking, key::Key, recording::Recording};
 use crate::{
     message::{Body, BoxError, Response},
     sse::{self, Labels, Numbering},
@@ -86,9 +86,11 @@ impl Last {
     }
 }
 
-/// Whether the events of a response can be given ids.
-pub(super) fn fits<B: HttpBody>(response: &http::Response<B>) -> bool {
-    response.status() == StatusCode::OK && sse::has_room(response)
+/// Whether the events of a response can be given ids: where the upstream lets nobody change what it says (RFC 9111
+/// §5.2.2.6), only if the operator knows better.
+pub(super) fn fits<B: HttpBody>(response: &http::Response<B>, rules: &Rules) -> bool {
+    let is_open = || rules.ignore_cache_control || !directives::Response::of(response.headers()).no_transform;
+    response.status() == StatusCode::OK && sse::has_room(response) && is_open()
 }
 
 /// For how long the streams of a route can be taken up again, and where they are.
