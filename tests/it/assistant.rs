@@ -1,9 +1,11 @@
 //! The system of `config/examples/assistant.yaml`, with a real FastAPI application and another one that plays Ollama.
 
+use std::cell::Cell;
+
 use futures_util::future::join_all;
 use serde_json::{Value, json};
 
-use crate::harness::{Fastapi, Message, Proxy, Wire, eventually, example};
+use crate::harness::{Fastapi, Message, Proxy, Wire, eventually, example, redis::Redis};
 
 struct System {
     assistant: Fastapi,
@@ -19,7 +21,12 @@ async fn system() -> System {
 /// The same, with checks of health as often as this, and answers that are fresh for so long.
 async fn changed(interval: &str, ttl: &str) -> System {
     let (assistant, ollama) = tokio::join!(Fastapi::app("assistant", 0, &[]), Fastapi::app("ollama", 0, &[]));
-    let file = example(
+    let file = file(&assistant, &ollama, interval, ttl);
+    System { assistant, ollama, proxy: Proxy::start(&file).await }
+}
+
+fn file(assistant: &Fastapi, ollama: &Fastapi, interval: &str, ttl: &str) -> String {
+    example(
         "assistant.yaml",
         &[
             ("listen: 127.0.0.1:8080", "listen: 127.0.0.1:0"),
@@ -33,8 +40,7 @@ async fn changed(interval: &str, ttl: &str) -> System {
             ("interval: 5s", &format!("interval: {interval}, jitter: 0s")),
             ("ttl: 1h", &format!("ttl: {ttl}")),
         ],
-    );
-    System { assistant, ollama, proxy: Proxy::start(&file).await }
+    )
 }
 
 impl System {
@@ -350,4 +356,67 @@ async fn ollama_stands_in_before_an_old_answer_and_that_before_the_fixed_one() {
     assert_eq!((&line["cache"], &line["status"]), (&json!("stale"), &json!(200)), "{line}");
     let answer = proxy.ask(request("never answered")).await;
     assert_eq!((answer.status(), &answer.json()["error"]["code"]), (503, &json!("offline")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_share_their_answers_and_each_goes_on_when_redis_dies() {
+    let mut redis = Redis::start().await;
+    let (assistant, ollama) = tokio::join!(Fastapi::app("assistant", 0, &[]), Fastapi::app("ollama", 0, &[]));
+    let file = format!("redis: {{url: {}}}\n{}", redis.url(), file(&assistant, &ollama, "5s", "1h"));
+    let (a, b) = tokio::join!(Proxy::start(&file), Proxy::start(&file));
+    let health = async |proxy: &Proxy| proxy.admin_get("/health/redis").await.json()["status"].clone();
+    let up = async || {
+        for proxy in [&a, &b] {
+            eventually("redis to be up", async || health(proxy).await == "up").await;
+        }
+    };
+    up().await;
+    let in_redis = "sidegate_cache_redis_total{route=\"ask\",outcome=\"stored\"}";
+    let first = a.ask(asking("first", "Who are you?")).await;
+    assert_eq!(tokens(&first.text()), "Hello from the assistant.");
+    eventually("it to be in Redis", async || a.sample(in_redis).await == 1).await;
+
+    // The other one has it, whoever could answer now; and has it for the one who asked only.
+    set_mode(&assistant, "loading").await;
+    let again = b.ask(asking("again", "Who are you?")).await;
+    assert_eq!((again.status(), again.text()), (200, first.text()), "the same stream, event by event");
+    assert!(again.head.get("cache-status").unwrap().ends_with("; detail=shared"), "{again:?}");
+    let other = asking("other", "Who are you?").replace("Bearer key", "Bearer other");
+    assert_eq!(tokens(&b.ask(other).await.text()), "Hello from Ollama.");
+    redis.assert_all_expire("sidegate").await;
+    set_mode(&assistant, "ok").await;
+
+    // It dies in the middle of a stream, which goes on; and whoever asks is answered.
+    set_mode(&assistant, "paused").await;
+    let mut client = a.connect().await;
+    client.send(asking("middle", "In the middle?").replacen("\r\n", "\r\nconnection: close\r\n", 1)).await;
+    assert_eq!(client.head().await.status(), 200);
+    let mut stream = client.chunk().await.unwrap();
+    redis.kill();
+    set_mode(&assistant, "ok").await;
+    while let Some(chunk) = client.chunk().await {
+        stream.extend(chunk);
+    }
+    assert_eq!(tokens(str::from_utf8(&stream).unwrap()), "Hello from the assistant.");
+    for n in 0..20 {
+        for proxy in [&a, &b] {
+            let known = proxy.ask(asking("known", "Who are you?")).await;
+            assert_eq!(known.text(), first.text(), "memory goes on");
+            let new = proxy.ask(request(&format!("new-{n}"))).await;
+            assert_eq!((new.status(), &*tokens(&new.text())), (200, "Hello from the assistant."));
+        }
+    }
+
+    redis.restart().await;
+    up().await;
+    let turn = Cell::new(0);
+    eventually("answers to be shared again", async || {
+        turn.set(turn.get() + 1);
+        let question = format!("Once more, {}?", turn.get());
+        a.ask(asking("more", &question)).await;
+        let other = b.ask(asking("more", &question)).await;
+        assert_eq!(tokens(&other.text()), "Hello from the assistant.");
+        other.head.get("cache-status").unwrap().ends_with("; detail=shared")
+    })
+    .await;
 }

@@ -274,7 +274,10 @@ const TAGGED: &str = "{ tags: [\"page:{query:p}\"] }";
 async fn what_is_purged_on_one_replica_is_purged_on_all() {
     let (redis, backend) = (Redis::start().await, counting(HOUR).await);
     let [a, b] = pair(&backend, &redis, TAGGED).await;
-    let mut slowest = Duration::ZERO;
+    let mut ear = Wire::to(redis.address()).await;
+    ear.send("SUBSCRIBE bare\r\n").await;
+    ear.arrival().await;
+    let (mut purges, mut bare) = (Vec::new(), Vec::new());
     for (path, what) in [
         ("/a?p=1", "url=/a?p=1"),
         ("/b?p=2", "url=sidegate.test/b?p=2"),
@@ -290,16 +293,44 @@ async fn what_is_purged_on_one_replica_is_purged_on_all() {
         let beside = kept_by_both(&a, &b, &other).await;
         let old = kept_by_both(&a, &b, path).await;
         let c = replica(&backend.url(), &at(&redis), TAGGED).await;
-        purge(&a, &what.replace("/a?p", "/a%3Fp").replace("/b?p", "/b%3Fp").replace("/e?p", "/e%3Fp")).await;
-        slowest = slowest.max(dropped(&b, path, &old).await);
+        let target = what.replace("/a?p", "/a%3Fp").replace("/b?p", "/b%3Fp").replace("/e?p", "/e%3Fp");
+        let started = Instant::now();
+        let purging = async {
+            purge(&a, &target).await;
+            dropped(&b, path, &old).await;
+            started.elapsed()
+        };
+        // The least that it could take: the same way, with nothing in it of the cache.
+        let nothing = async {
+            a.admin_get("/health").await;
+            redis.command(&["PUBLISH", "bare", "x"]).await;
+            ear.arrival().await;
+            b.get(&other).await;
+            started.elapsed()
+        };
+        let took = tokio::join!(purging, nothing);
+        purges.push(took.0);
+        bare.push(took.1);
         assert_ne!(a.get(path).await.text(), old, "{what}: it holds here, too");
         assert_ne!(c.get(path).await.text(), old, "{what}: and in Redis");
         for proxy in [&a, &b, &c] {
             assert_eq!(proxy.get(&other).await.text() == beside, !what.starts_with("all"), "{what}: of others nothing");
         }
     }
-    figure(&format!("a purge is seen on the other replica within {}", ms(slowest)));
-    assert!(slowest < Duration::from_secs(1));
+    purges.sort();
+    bare.sort();
+    let (median, least, slowest) = (purges[purges.len() / 2], bare[bare.len() / 2], purges[purges.len() - 1]);
+    figure(&format!(
+        "a purge is seen on the other replica after {} (slowest of {}: {}); a bare message with its requests takes {}",
+        ms(median),
+        purges.len(),
+        ms(slowest),
+        ms(least)
+    ));
+    // The median, as any single one may meet a machine that does something else; and where a message alone takes that
+    // long, nothing is said about the cache.
+    assert!(median < Duration::from_millis(100).max(least * 4), "{purges:?}, {bare:?}");
+    assert!(slowest < Duration::from_secs(1), "{purges:?}");
     redis.assert_all_expire("sidegate").await;
 }
 

@@ -1,11 +1,12 @@
 //! The system of `config/examples/content-generator.yaml`, with a real Flask application.
 
-use std::time::Instant;
+use std::{cell::Cell, time::Instant};
 
 use futures_util::future::join_all;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
-use crate::harness::{Fastapi, Message, Proxy, eventually, example, figure, ms};
+use crate::harness::{Fastapi, Message, Proxy, eventually, example, figure, ms, redis::Redis};
 
 struct System {
     app: Fastapi,
@@ -19,6 +20,12 @@ async fn system() -> System {
 /// The system as its file has it, on other ports and with less patience, and with these changes.
 async fn changed(changes: &[(&str, &str)], environment: &[(&str, &str)]) -> System {
     let app = Fastapi::flask("content_generator", environment).await;
+    let proxy = replica(&app, changes).await;
+    System { app, proxy }
+}
+
+/// A proxy before this application.
+async fn replica(app: &Fastapi, changes: &[(&str, &str)]) -> Proxy {
     let url = app.url();
     let usual = [
         ("listen: 127.0.0.1:8080", "listen: 127.0.0.1:0"),
@@ -26,22 +33,28 @@ async fn changed(changes: &[(&str, &str)], environment: &[(&str, &str)]) -> Syst
         ("http://127.0.0.1:5000", &*url),
         ("first_byte: 10s", "first_byte: 1s"),
     ];
-    let file = example("content-generator.yaml", &[&usual, changes].concat());
-    System { app, proxy: Proxy::start(&file).await }
+    Proxy::start(&example("content-generator.yaml", &[&usual, changes].concat())).await
+}
+
+fn order(topic: &str) -> String {
+    request("id", &json!({ "topic": topic, "tone": "plain" }).to_string())
+}
+
+fn request(id: &str, body: &str) -> String {
+    let length = body.len();
+    format!(
+        "POST /api/generate HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    )
 }
 
 impl System {
     async fn order(&self, topic: &str) -> Message {
-        self.send("id", &json!({ "topic": topic, "tone": "plain" }).to_string()).await
+        self.proxy.ask(order(topic)).await
     }
 
     async fn send(&self, id: &str, body: &str) -> Message {
-        let length = body.len();
-        let request = format!(
-            "POST /api/generate HTTP/1.1\r\nhost: localhost\r\nx-request-id: {id}\r\ncontent-type: application/json\r\n\
-             content-length: {length}\r\n\r\n{body}"
-        );
-        self.proxy.ask(request).await
+        self.proxy.ask(request(id, body)).await
     }
 
     async fn set_mode(&self, mode: &str) {
@@ -258,4 +271,74 @@ async fn a_usual_mix_of_orders_calls_the_api_for_a_third_of_them_at_most() {
     ));
     assert!(calls * 3 <= orders, "{calls} of {orders}");
     assert!(median(&hits) * 2 < median(&written));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_share_their_texts_and_each_goes_on_when_redis_dies() {
+    let mut redis = Redis::start().await;
+    let with_redis = [("#redis: {url: redis://127.0.0.1:6379/0}", &*format!("redis: {{url: {}}}", redis.url()))];
+    let a = changed(&with_redis, &[]).await;
+    let b = replica(&a.app, &with_redis).await;
+    let is_shared = |answer: &Message| cache_status(answer).ends_with("; detail=shared");
+    let health = async |proxy: &Proxy| proxy.get("/api/health").await.json()["components"]["redis"]["status"].clone();
+    for proxy in [&a.proxy, &b] {
+        eventually("redis to be up", async || health(proxy).await == "up").await;
+    }
+    // What one has had written the other has.
+    let text = content(&a.order("Spring").await);
+    let stored = "sidegate_cache_redis_total{route=\"generate\",outcome=\"stored\"}";
+    eventually("it to be in Redis", async || a.proxy.sample(stored).await == 1).await;
+    let other = b.ask(order("Spring")).await;
+    assert!(is_shared(&other), "{other:?}");
+    assert_eq!((content(&other), a.calls().await), (text.clone(), 1));
+    redis.assert_all_expire("sidegate").await;
+
+    // Cleared on one, on both.
+    let cleared = b.ask("POST /api/cache/clear HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n").await;
+    assert_eq!(cleared.status(), 200);
+    eventually("the other to have cleared it", async || content(&a.order("Spring").await) != text).await;
+
+    // It dies while both are at work.
+    let kept = content(&a.order("Spring").await);
+    let half = Notify::new();
+    let orders = async |proxy: &Proxy, name: &str| {
+        for n in 0..60 {
+            if n == 20 {
+                half.notify_one();
+            }
+            let (known, new) = (order("Spring"), order(&format!("{name} {n}")));
+            content(&proxy.ask(known).await);
+            content(&proxy.ask(new).await);
+        }
+    };
+    let kill = async {
+        half.notified().await;
+        redis.kill();
+    };
+    tokio::join!(orders(&a.proxy, "a"), orders(&b, "b"), kill);
+    assert_eq!(content(&a.order("Spring").await), kept, "memory goes on");
+    for proxy in [&a.proxy, &b] {
+        eventually("redis to be missed", async || health(proxy).await != "up").await;
+        assert_eq!(proxy.get("/api/circuit-breaker").await.json()["circuit_breakers"][0]["state"], "closed");
+    }
+    let calls = a.calls().await;
+    let own = content(&a.order("Autumn").await);
+    assert_ne!(content(&b.ask(order("Autumn")).await), own, "each for itself");
+    assert_eq!(a.calls().await, calls + 2);
+
+    redis.restart().await;
+    for proxy in [&a.proxy, &b] {
+        eventually("redis to be back", async || health(proxy).await == "up").await;
+    }
+    let turn = Cell::new(0);
+    eventually("texts to be shared again", async || {
+        turn.set(turn.get() + 1);
+        let topic = format!("Again {}", turn.get());
+        content(&a.order(&topic).await);
+        let calls = a.calls().await;
+        let other = b.ask(order(&topic)).await;
+        content(&other);
+        is_shared(&other) && a.calls().await == calls
+    })
+    .await;
 }
