@@ -122,6 +122,41 @@ routes: [{{ upstream: api, cache: {{}} }}, {{ match: {{ path: /chat }}, upstream
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_session_has_answers_of_its_own() {
+    for session in ["{}", "{ header: mcp-session-id }"] {
+        let backend = Recorder::scripted(|_, request| {
+            ok("cache-control: max-age=600\r\n", request.head.get("x-session-id").expect("the upstream is told"))
+        })
+        .await;
+        let settings = format!(
+            "routes:
+  - {{ upstream: api, session: {session}, cache: {{}} }}
+  - {{ match: {{ path: /chat }}, upstream: api, session: {session}, cache: {{ methods: [POST], key: [body], ttl: 1h }} }}
+  - {{ match: {{ path: /shared }}, upstream: api, session: {session}, cache: {{ shared: true }} }}"
+        );
+        let proxy = Proxy::before(&backend.url(), &settings).await;
+        for ask in [get, |_: &str, fields: &str| post("/chat", fields, "{}")] {
+            let mut seen = HashSet::new();
+            for _ in 0..3 {
+                let begun = proxy.ask(ask("/", "")).await;
+                assert!(!is_hit(&begun) && seen.insert(begun.text()), "{begun:?}");
+                let shown = if let Some(id) = begun.head.get("mcp-session-id") {
+                    format!("mcp-session-id: {id}\r\n")
+                } else {
+                    let cookie = begun.head.get("set-cookie").expect("a session begins");
+                    format!("cookie: {}\r\n", cookie.split(';').next().unwrap())
+                };
+                let again = proxy.ask(ask("/", &shown)).await;
+                assert_eq!(again.text(), begun.text(), "{session}: its own");
+                assert!(is_hit(&again), "{again:?}");
+            }
+        }
+        assert!(!is_hit(&proxy.get("/shared").await));
+        assert!(is_hit(&proxy.get("/shared").await), "where the operator says that it is the same for all");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_backends_may_take_for_another_request_is_neither_kept_nor_given() {
     let backend = counting().await;
     let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
@@ -197,6 +232,63 @@ async fn parameters_that_make_no_difference_are_left_out_of_the_key() {
         assert!(!is_hit(&proxy.get(other).await), "{other}");
     }
     assert_eq!(backend.requests()[0].head.target(), "/a?q=1&utm_source=x", "the upstream is asked as the client did");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asked_first_does_not_give_an_answer_its_name() {
+    let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
+    let proxy = Proxy::before(&backend.url(), &cached("{ ignore_query: [utm_*] }")).await;
+    for (n, how) in ["PUT /doc", "PUT /doc?utm_source=2", "url=/doc", "url=sidegate.test/doc"].into_iter().enumerate() {
+        let kept = proxy.get(&format!("/doc?utm_source={n}x")).await.text();
+        assert_eq!(proxy.get("/doc").await.text(), kept);
+        let status = match how.strip_prefix("PUT ") {
+            Some(path) => {
+                let put = format!("PUT {path} HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 0\r\n\r\n");
+                proxy.ask(put).await.status()
+            }
+            None => proxy.admin_post(&format!("/cache/purge?{how}")).await.status(),
+        };
+        assert_eq!(status, 200);
+        assert_ne!(proxy.get("/doc").await.text(), kept, "{how}");
+        proxy.admin_post("/cache/purge?all").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_body_says_it_is_and_what_is_wanted_count() {
+    let backend = Recorder::scripted(|before, request| {
+        ok(
+            "content-type: application/json\r\n",
+            &format!("\"{before} {}\"", request.head.get("accept").unwrap_or("any")),
+        )
+    })
+    .await;
+    let proxy = Proxy::before(&backend.url(), &cached("{ methods: [POST], key: [body], ttl: 1h }")).await;
+    let typed =
+        |fields: &str| format!("POST / HTTP/1.1\r\nhost: sidegate.test\r\n{fields}content-length: 2\r\n\r\n{{}}");
+    let kept = proxy.ask(typed("content-type: application/json\r\n")).await.text();
+    for never in [
+        "content-type: text/plain\r\n",
+        "content-type: application/x-www-form-urlencoded\r\n",
+        "content-type: application/json\r\ncontent-encoding: zstd\r\n",
+    ] {
+        for _ in 0..2 {
+            let answer = proxy.ask(typed(never)).await;
+            assert_eq!(source(&answer), "sidegate; fwd=bypass; fwd-status=200; detail=body-not-json", "{never}");
+        }
+    }
+    let mut seen = HashSet::from([kept.clone()]);
+    for other in [
+        "content-type: application/json\r\naccept: text/event-stream\r\n",
+        "content-type: application/json\r\naccept: application/json\r\n",
+        "content-type: application/merge-patch+json\r\n",
+        "",
+    ] {
+        let first = proxy.ask(typed(other)).await.text();
+        assert!(seen.insert(first.clone()), "{other}");
+        assert_eq!(proxy.ask(typed(other)).await.text(), first, "{other}");
+    }
+    assert_eq!(proxy.ask(typed("content-type: application/json\r\n")).await.text(), kept);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -117,6 +117,70 @@ async fn a_304_that_says_what_the_answer_depends_on_is_not_for_everybody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_304_that_makes_an_answer_private_is_for_who_asked_and_the_last_of_it() {
+    for said in ["private", "no-store"] {
+        let backend = Backend::start().await;
+        let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+        let mut client = asking(&proxy, get("/", "")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(ok("cache-control: max-age=0\r\netag: \"a\"\r\nconnection: close\r\n", "old")).await;
+        client.answer().await;
+        let mut first = asking(&proxy, get("/", "")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        let mut other = asking(&proxy, get("/", "")).await;
+        waiting(&proxy, 2).await;
+        let fields = format!("cache-control: {said}\r\netag: \"a\"\r\nconnection: close\r\n");
+        upstream.send(format!("HTTP/1.1 304 Not Modified\r\n{fields}\r\n")).await;
+        let renewed = first.answer().await;
+        assert_eq!(renewed.text(), "old");
+        assert!(!source(&renewed).contains("; stored"), "{renewed:?}");
+        let (mut upstream, head) = backend.accept_head().await;
+        assert_eq!(head.get("if-none-match"), None, "there is nothing left to ask about");
+        upstream.send(ok(&fields, "its own")).await;
+        assert_eq!(other.answer().await.text(), "its own", "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_steps_in_takes_no_stored_answer_away() {
+    let fields = "cache-control: max-age=0, stale-if-error=600\r\n";
+    let down = || answer("503 Service Unavailable", "connection: close\r\n", "down");
+    let own = Recorder::scripted(move |before, _| if before == 0 { ok(fields, "own") } else { down() }).await;
+    let other = Recorder::scripted(move |before, _| match before {
+        1 => ok("cache-control: max-age=600\r\nvary: accept-encoding\r\n", "other"),
+        _ => down(),
+    })
+    .await;
+    let settings = format!(
+        "upstreams: {{ api: {{ endpoints: [UPSTREAM] }}, other: {{ endpoints: ['{}'] }} }}
+routes: [{{ upstream: api, name: all, cache: {{}}, retry: off, fallback: [{{ upstream: other, on: [503] }}] }}]",
+        other.url()
+    );
+    let proxy = Proxy::before(&own.url(), &settings).await;
+    for expected in ["own", "own", "other", "own"] {
+        let answer = proxy.get("/").await;
+        assert_eq!((answer.status(), answer.text().as_str()), (200, expected), "{answer:?}");
+    }
+
+    // Nor does a new one that does not come to its end.
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    for sent in [
+        ok(&format!("{fields}connection: close\r\n"), "own"),
+        "HTTP/1.1 200 OK\r\ncache-control: max-age=600\r\nvary: accept\r\ncontent-length: 9\r\n\r\nnew".to_owned(),
+        down(),
+    ] {
+        let mut client = asking(&proxy, get("/", "connection: close\r\n")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(&sent).await;
+        client.head().await;
+        drop(upstream);
+        let (text, _) = client.rest().await;
+        assert_eq!(text, if sent.contains("vary") { b"new" } else { b"own" }, "{sent}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stale_answer_is_given_while_one_request_asks_anew() {
     for (section, fields) in [
         ("{ stale_while_revalidate: 1h }", "cache-control: max-age=0\r\netag: \"v1\"\r\n"),

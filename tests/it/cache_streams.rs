@@ -26,7 +26,7 @@ use crate::{
         Backend, Proxy, Wire,
         backend::Recorder,
         client::{self, Http2Client},
-        eventually, figure, ms,
+        eventually, figure, ms, within,
     },
 };
 
@@ -160,10 +160,12 @@ async fn who_asked_first_may_leave_before_there_is_an_answer() {
     assert!(backend.accepted().await.is_none(), "nobody had to ask again");
 }
 
-/// Waits until so many requests are in the proxy's hands.
+/// Waits until so many requests are in the proxy's hands, and it has done with them what it can.
 pub async fn waiting(proxy: &Proxy, count: i64) {
     eventually("the requests to be there", async || proxy.sample("sidegate_in_flight{route=\"all\"}").await == count)
         .await;
+    // Who is counted may not have joined the others yet.
+    within("the proxy to be idle", proxy.idle()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ use std::{
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, mpsc},
     thread,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -232,6 +233,21 @@ impl Proxy {
         let status = fs::read_to_string(format!("/proc/{}/status", self.id())).expect("/proc");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
         line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Waits until the process has nothing to do: what it was sent it has read, and has gone as far as it can go.
+    pub async fn idle(&self) {
+        let sleeps = |thread: &fs::DirEntry| {
+            let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The name before it, in parentheses, may have any character.
+            stat.rsplit_once(')').is_none_or(|(_, rest)| rest.starts_with(" S"))
+        };
+        let mut looks = 0;
+        while looks < 3 {
+            let threads = fs::read_dir(format!("/proc/{}/task", self.id())).expect("/proc");
+            looks = if threads.map_while(Result::ok).all(|thread| sleeps(&thread)) { looks + 1 } else { 0 };
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// How many file descriptors the process holds.

@@ -377,6 +377,32 @@ fn section_4_2_4_nothing_is_served_stale_unasked() {
 }
 
 #[test]
+fn section_5_2_2_8_and_10_a_shared_cache_validates_what_is_stale() {
+    for said in
+        ["max-age=2, proxy-revalidate", "s-maxage=2", "max-age=9, s-maxage=2", "public, max-age=2, proxy-revalidate"]
+    {
+        let life = case(&[("cache-control", said), ETAG]).life();
+        for asked in ["", "max-stale", "max-stale=60"] {
+            assert_eq!((verdict(&life, 1, asked), verdict(&life, 2, asked)), (Fresh, Validate), "{said} {asked}");
+        }
+    }
+}
+
+#[test]
+fn section_5_3_expires_counts_only_where_no_age_is_given() {
+    let (soon, late) = (text(at(NOW + 10)), text(at(NOW + 1000)));
+    for age in ["max-age=60", "s-maxage=60", "max-age=1, s-maxage=60"] {
+        for expires in [&*soon, &late, "0", "", "Thu, 01 Dec 1994 16:00:00"] {
+            assert_eq!(fresh(&[("cache-control", age), ("expires", expires)]), 60, "{age} {expires}");
+        }
+    }
+    for invalid in ["0", "", "-1", "Thu, 01 Dec 1994 16:00:00", "1 Dec 2094", "Thu, 01 Dec 2094 16:00:00 CET"] {
+        assert_eq!(case(&[("expires", invalid), ETAG]).fresh(), 0, "{invalid}: over already");
+        assert_eq!(verdict(&case(&[("expires", invalid), ETAG]).life(), 0, ""), Validate, "{invalid}");
+    }
+}
+
+#[test]
 fn section_5_2_1_what_a_request_wants() {
     let life = case(&[("cache-control", "max-age=100"), ETAG]).life();
     for (after, asked, expected) in [
