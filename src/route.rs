@@ -128,6 +128,30 @@ impl Match {
             && self.headers == other.headers
     }
 
+    /// Whether there is a URL that both have, whatever its method.
+    #[must_use]
+    pub fn meets(&self, other: &Self) -> bool {
+        let hosts = match (&self.host, &other.host) {
+            (Some(one), Some(two)) => {
+                let [one, two] = [one, two].map(|host| host.to_ascii_lowercase());
+                let covers = |wide: &str, host: &str| match wide.strip_prefix('*') {
+                    Some(suffix) => host.ends_with(suffix),
+                    None => wide == host,
+                };
+                covers(&one, &two) || covers(&two, &one)
+            }
+            _ => true,
+        };
+        let paths = self.path.as_ref().zip(other.path.as_ref());
+        hosts && paths.is_none_or(|(one, two)| one.meets(two))
+    }
+
+    /// Whether it takes methods that change something (RFC 9110 §9.2.1).
+    #[must_use]
+    pub fn takes_unsafe(&self) -> bool {
+        self.method.as_ref().is_none_or(|methods| methods.iter().any(|method| !method.get().is_safe()))
+    }
+
     fn names(&self, method: &Method) -> bool {
         self.method.iter().flatten().any(|token| token.as_str() == method.as_str())
     }
@@ -326,6 +350,25 @@ mod tests {
         };
         let read = |yaml: &str| Figment::from(Yaml::string(yaml)).extract::<Match>().unwrap();
         Table::new(routes.iter().enumerate().map(|(index, yaml)| (read(yaml), index)).collect())
+    }
+
+    #[test]
+    fn two_matches_meet_where_there_is_a_url_for_both() {
+        for (one, two, meet) in [
+            ("{}", "{host: a.test, path: /a, method: PUT}", true),
+            ("{path: /a, method: GET}", "{path: /a, method: PUT, headers: {x-a: b}}", true),
+            ("{path: /a}", "{path: /b}", false),
+            ("{host: a.test}", "{host: A.test}", true),
+            ("{host: a.test}", "{host: b.test}", false),
+            ("{host: '*.a.test'}", "{host: b.a.test}", true),
+            ("{host: '*.a.test'}", "{host: a.test}", false),
+            ("{host: '*.a.test'}", "{host: '*.b.a.test'}", true),
+            ("{host: '*.a.test'}", "{host: '*.b.test'}", false),
+        ] {
+            let routes = table(&[one, two]).routes;
+            assert_eq!(routes[0].0.meets(&routes[1].0), meet, "{one} {two}");
+            assert_eq!(routes[1].0.meets(&routes[0].0), meet, "{two} {one}");
+        }
     }
 
     fn request(line: &str, fields: &[(&'static str, &'static str)]) -> http::Request<()> {

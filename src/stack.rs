@@ -25,7 +25,7 @@ use crate::{
         access_log::{AccessLog, AccessLogLayer, ResponseBody},
         auth::AuthLayer,
         body_limit::BodyLimitLayer,
-        cache::CacheLayer,
+        cache::{CacheLayer, ChangesLayer},
         circuit_breaker::{Breaker, CircuitBreakerLayer},
         concurrency::{ConcurrencyLayer, Limiter, Scope},
         cors::CorsLayer,
@@ -106,6 +106,12 @@ impl Stack {
                 let metrics = registry.metrics();
                 CacheLayer::new(config, &own.name(), &own.upstream, registry.caches(), redis.as_ref(), metrics)
             });
+            let mut met = settings.caches_met(own).peekable();
+            let changes = if cache.is_none() && met.peek().is_some() {
+                Some(ChangesLayer::new(registry.caches(), met))
+            } else {
+                None
+            };
             limits.extend(rate_limit.as_ref().map(|layer| layer.gate().clone()));
             let (fallback, upstream) = match upstream {
                 Kind::Fixed(respond) => (None, respond),
@@ -119,7 +125,7 @@ impl Stack {
                 let parameters = |path: &str| own.matches.path.as_ref()?.parameters(path.as_bytes());
                 chores.waiting.extend(cache.keep_warm(&asked, parameters));
             }
-            let gates = Gates { auth, session, rate_limit, cache };
+            let gates = Gates { auth, session, rate_limit, cache, changes };
             let service = route(own, &upstreams.policies, settings, gates, asked);
             let target = Target {
                 metrics: registry.metrics().route(&own.name()),
@@ -230,6 +236,7 @@ struct Gates {
     session: Option<SessionLayer>,
     rate_limit: Option<RateLimitLayer>,
     cache: Option<CacheLayer>,
+    changes: Option<ChangesLayer>,
 }
 
 /// Around the upstreams of one route, for a request that has passed its gates.
@@ -288,6 +295,8 @@ fn route(own: &Route, policies: &Defaults, settings: &Settings, gates: Gates, as
         .option_layer(gates.rate_limit)
         // What has been answered once needs no place, and no upstream.
         .option_layer(gates.cache)
+        // What it changes, others may have kept.
+        .option_layer(gates.changes)
         .service(asked)
 }
 

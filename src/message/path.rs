@@ -60,6 +60,26 @@ impl Pattern {
         self.walk(path, form, |_, _| ())
     }
 
+    /// Whether there is a path that both match.
+    #[must_use]
+    pub fn meets(&self, other: &Self) -> bool {
+        let is_any = |segment: &str| segment.starts_with('{');
+        let (mut own, mut others) = (self.segments(), other.segments());
+        loop {
+            match (own.next(), others.next()) {
+                (Some(one), Some(two)) => {
+                    let same = one == two || is_any(one) && !two.is_empty() || is_any(two) && !one.is_empty();
+                    if !same {
+                        return false;
+                    }
+                }
+                (Some(_), None) => return other.open,
+                (None, Some(_)) => return self.open,
+                (None, None) => return true,
+            }
+        }
+    }
+
     /// Whether the pattern names segments.
     #[must_use]
     pub fn has_parameters(&self) -> bool {
@@ -450,6 +470,26 @@ mod tests {
             for path in others {
                 assert!(!pattern(text).matches(path.as_bytes(), Form::Raw), "{text} {path}");
             }
+        }
+    }
+
+    #[test]
+    fn two_patterns_meet_where_there_is_a_path_for_both() {
+        for (one, two, meet) in [
+            ("/a", "/a", true),
+            ("/a", "/a/", false),
+            ("/a/*", "/a", true),
+            ("/a/*", "/a/", true),
+            ("/a/*", "/b/*", false),
+            ("/*", "/a/{id}", true),
+            ("/a/{id}", "/a/b", true),
+            ("/a/{id}", "/a/", false),
+            ("/a/{id}", "/a/{x}/c", false),
+            ("/a/{id}/*", "/{x}/b/c", true),
+            ("/a/{id}/c", "/{x}/b/d", false),
+        ] {
+            assert_eq!(pattern(one).meets(&pattern(two)), meet, "{one} {two}");
+            assert_eq!(pattern(two).meets(&pattern(one)), meet, "{two} {one}");
         }
     }
 

@@ -233,6 +233,16 @@ impl Settings {
         Defaults { cache: cache.unwrap_or(policies.cache), ..policies }
     }
 
+    /// The caches in which there may be something of what requests to `route` change.
+    pub fn caches_met(&self, route: &Route) -> impl Iterator<Item = &cache::Config> {
+        let all =
+            self.routes.iter().filter(|other| route.matches.takes_unsafe() && other.matches.meets(&route.matches));
+        all.filter(|other| self.published(other).is_none()).filter_map(|other| {
+            let cache = other.cache.as_ref().unwrap_or(&self.defaults.cache);
+            cache.as_ref().filter(|cache| !cache.methods.is_empty())
+        })
+    }
+
     /// The page of the operator's port that `route` leads to, if it does.
     fn published(&self, route: &Route) -> Option<&publish::Config> {
         self.upstreams.get(&route.upstream)?.admin.as_ref()

@@ -330,6 +330,59 @@ async fn section_4_4_a_request_that_changes_something_drops_what_was_kept_of_it(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_route_without_a_cache_drops_what_another_keeps() {
+    let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
+    let settings = "
+routes:
+  - { upstream: api, name: reads, match: { path: '/a/*', method: GET }, cache: { ignore_query: [utm_*] } }
+  - { upstream: api, name: others, match: { path: '/a/*' } }
+";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    let write = async |target: &str| {
+        let head = format!("POST {target} HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 1\r\n\r\nx");
+        let written = proxy.ask(head).await;
+        assert_eq!((written.status(), written.head.get("cache-status")), (200, None));
+    };
+    proxy.get("/a/b?c&utm_x=1").await;
+    assert!(is_hit(&proxy.get("/a/b?c").await));
+    write("/a/b?d").await;
+    assert!(is_hit(&proxy.get("/a/b?c").await));
+    write("/a/b?utm_y=2&c").await;
+    assert!(!is_hit(&proxy.get("/a/b?c").await));
+    assert!(is_hit(&proxy.get("/a/b?c").await));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_the_same_for_any_host_is_dropped_by_the_url_of_any() {
+    let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
+    let settings = "
+routes:
+  - { upstream: api, name: any, match: { path: '/any/*' }, cache: { ignore_host: true } }
+  - { upstream: api, name: own, match: { path: '/own/*' }, cache: {} }
+";
+    let proxy = Proxy::before(&backend.url(), settings).await;
+    let ask = async |method: &str, path: &str, host: &str| {
+        proxy.ask(format!("{method} {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: 0\r\n\r\n")).await
+    };
+    for (path, shared) in [("/any/x", true), ("/own/x", false)] {
+        for drop in ["/cache/purge?url=http://b.test{}", "/cache/purge?url={}", "PUT"] {
+            ask("GET", path, "a.test").await;
+            assert!(is_hit(&ask("GET", path, "a.test").await), "{path} {drop}");
+            assert!(!shared || is_hit(&ask("GET", path, "b.test").await), "{path} {drop}");
+            let is_of_all = match drop {
+                "PUT" => ask("PUT", path, "b.test").await.status() != 200,
+                purge => {
+                    assert_eq!(proxy.admin_post(&purge.replace("{}", path)).await.status(), 200);
+                    !purge.contains("b.test")
+                }
+            };
+            let is_kept = is_hit(&ask("GET", path, "a.test").await);
+            assert_eq!(is_kept, !shared && !is_of_all, "{path} {drop}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tags_drop_together_what_belongs_together() {
     let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
     let settings = "

@@ -8,13 +8,14 @@ use http_body::Body as HttpBody;
 use tower::Service;
 
 use super::{
+    change::Changed,
     fill::{Failure, failed},
     freshness::Verdict,
-    gate::Gate,
+    gate::{Gate, render},
     hub,
     kept::Entry,
     key::Key,
-    purge::Standing,
+    purge::{Standing, Target},
     question::{Part, Question, gather},
     resume::{LAST_EVENT_ID, Last, Whose},
     shared::{Holds, Sought},
@@ -143,6 +144,26 @@ impl Gate {
             Asked::Passes(request, status) => self.pass(inner, request, status).await,
             Asked::PassesQuestion(question, status) => self.pass_question(inner, question, status).await,
         }
+    }
+
+    /// Lets a request go on that changes something, and drops what it changed.
+    async fn change<S>(&self, inner: S, request: Request) -> Result<Response, BoxError>
+    where
+        S: Service<Request, Response = Response, Error: Into<BoxError>>,
+    {
+        let (head, body) = request.into_parts();
+        // A tag that is too long is that of no answer.
+        let tags = self.config.invalidate.iter().filter_map(|tag| render(std::slice::from_ref(tag), &head).ok());
+        let tags: Vec<_> = tags.flatten().collect();
+        let changed = Changed::of(&head);
+        let request = Request::from_parts(head, body);
+        let response = self.pass(inner, request, CacheStatus::forwarded(Forward::Method)).await?;
+        if self.changes.apply(&changed, &response) {
+            for tag in tags {
+                self.changes.purge(&Target::Tag(tag));
+            }
+        }
+        Ok(response)
     }
 
     /// The rest of a stream of which the client has had a part, if it is the client's and at hand.

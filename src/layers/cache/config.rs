@@ -53,7 +53,7 @@ pub struct Config {
     /// each of them has answers of its own. Default `false`.
     pub shared: bool,
     /// Whether the answer is the same by whatever host it is asked for, and with TLS or without. Then it is dropped by its
-    /// path alone. Default `false`.
+    /// path, whatever host is named before it. Default `false`.
     pub ignore_host: bool,
     /// How long an answer is fresh, whatever it says itself; `no-store`, `private`, `Set-Cookie` and `Vary: *` still
     /// count. Default `off`: as RFC 9111 has it. `POST` needs it, or an answer that says it.
@@ -117,7 +117,7 @@ pub struct Config {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<Template>,
     /// The tags that a request of another method drops, on all routes, when it is answered by a 2xx or 3xx. Default none:
-    /// what has the same path and query is dropped in any case (RFC 9111 §4.4).
+    /// what has the same URL is dropped in any case (RFC 9111 §4.4), also by a route without a cache.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub invalidate: Vec<Template>,
     /// What is asked for, by `GET` and without credentials, when the configuration takes effect, and again before it is

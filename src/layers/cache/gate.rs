@@ -2,19 +2,19 @@
 
 use std::{fmt, sync::Arc};
 
-use http::{Uri, request::Parts};
+use http::request::Parts;
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tower::Service;
 
 use super::{
+    change::Changes,
     config::{Config, Replay},
     fill::Terms,
     freshness::Rules,
-    hub::Purger,
     kept::Kept,
-    key::{self, Key},
-    purge::Names,
+    key::Key,
+    purge::{self, ANY_HOST, Names},
     question::{Question, origin},
     recording::Recording,
     resume::{self, Id, Resume, Stream, Whose},
@@ -38,7 +38,7 @@ pub(super) struct Gate {
     pub(super) kept: Arc<Kept>,
     pub(super) terms: Arc<Terms>,
     pub(super) pace: Pace,
-    pub(super) purger: Arc<Purger>,
+    pub(super) changes: Changes,
     pub(super) resume: Option<Resume>,
     pub(super) metrics: CacheMetrics,
     pub(super) tasks: Arc<Mutex<JoinSet<()>>>,
@@ -94,7 +94,7 @@ impl Gate {
                 Replay::Paced => Pace::Times(config.speed),
             },
             config: config.clone(),
-            purger: state.purger.clone(),
+            changes: Changes::new(state, [config]),
             resume,
             metrics,
             tasks: state.tasks.clone(),
@@ -165,28 +165,15 @@ impl Gate {
     /// What an answer to this question is purged by.
     pub(super) fn names_of(&self, question: &Question) -> Result<Arc<Names>, tags::TooLong> {
         let tags = render(&self.config.tags, &question.head)?;
-        let host = self.names(&origin(&question.head)).into();
-        let path = self.reduced(&question.head.uri).into();
+        let host = if self.config.ignore_host { ANY_HOST.into() } else { origin(&question.head).into() };
+        let path = purge::path(&question.head.uri, &self.config.ignore_query).into();
         Ok(Arc::new(Names { host, path, tags }))
-    }
-
-    /// What answers to requests for `host` are dropped by, before the path.
-    pub(super) fn names<'a>(&self, host: &'a str) -> &'a str {
-        if self.config.ignore_host { "" } else { host }
     }
 
     /// Notes that the upstream was spared what it had taken for the stored answer.
     pub(super) fn spared(&self, question: &Question, outcome: CacheOutcome, stored: &Stored) {
         self.note(&question.head, outcome);
         self.metrics.saved(stored.took);
-    }
-
-    /// Path and query, without the parameters that make no difference: as all those have it that share an answer.
-    pub(super) fn reduced(&self, uri: &Uri) -> String {
-        match uri.query().and_then(|query| key::without(&self.config.ignore_query, query)) {
-            Some(query) => format!("{}?{query}", uri.path()),
-            None => uri.path().to_owned(),
-        }
     }
 
     /// Counts a request, and notes on it what the cache was for it.

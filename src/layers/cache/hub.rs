@@ -64,11 +64,22 @@ pub(super) struct Purger {
     pub(super) purges: Arc<Purges>,
     pub(super) kept: Mutex<ByRoute>,
     hubs: Mutex<Vec<Weak<Hub>>>,
+    /// Whether there has been a cache whose answers are the same for any host.
+    pub(super) any_host: AtomicBool,
 }
 
 impl Purger {
     /// Drops what `target` names, on all replicas. Does not wait.
     pub(super) fn purge(&self, target: &Target, soft: bool) {
+        if self.any_host.load(Ordering::Relaxed)
+            && let Some(target) = target.of_any_host()
+        {
+            self.purge_named(&target, soft);
+        }
+        self.purge_named(target, soft);
+    }
+
+    fn purge_named(&self, target: &Target, soft: bool) {
         let hubs: Vec<_> = self.hubs.lock().iter().filter_map(Weak::upgrade).collect();
         // Who looks in Redis asks under this lock what is still to be sent: nobody knows of the purge and not of that.
         let mut unsent: Vec<_> = hubs.iter().map(|hub| hub.unsent.lock()).collect();

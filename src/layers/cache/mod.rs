@@ -96,6 +96,7 @@ use self::{
     gate::Gate,
 };
 pub use self::{
+    change::{ChangesFuture, ChangesLayer, Watched},
     config::{Config, InRedis, Method, Replay},
     purge::Target,
     state::{Figures, State},

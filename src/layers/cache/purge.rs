@@ -9,9 +9,13 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use http::Uri;
 use parking_lot::RwLock;
 
-use super::{key, tags::Glob};
+use super::{
+    key::{self, QueryName},
+    tags::Glob,
+};
 
 /// How many names are known of that were purged. Beyond, those that were purged first are forgotten, and with them all
 /// answers that are older.
@@ -43,7 +47,7 @@ impl Target {
         let rest = rest.split('#').next().unwrap_or_default();
         let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-        let is_valid = !rest.is_empty() && path.parse::<http::Uri>().is_ok();
+        let is_valid = !rest.is_empty() && path.parse::<Uri>().is_ok();
         let host = key::authority(host, scheme.eq_ignore_ascii_case("https"));
         is_valid.then(|| Self::Url(format!("{host}{path}").into()))
     }
@@ -59,6 +63,26 @@ impl fmt::Display for Target {
         }
     }
 }
+
+impl Target {
+    /// What else the URL of a host names: answers that are the same for any.
+    pub(super) fn of_any_host(&self) -> Option<Self> {
+        let Self::Url(url) = self else { return None };
+        let (host, path) = url.split_at(url.find('/')?);
+        (!host.is_empty()).then(|| Self::Url(format!("{ANY_HOST}{path}").into()))
+    }
+}
+
+/// Path and query, without the parameters that make no difference: as all those have it that share an answer.
+pub(super) fn path(uri: &Uri, ignored: &[QueryName]) -> String {
+    match uri.query().and_then(|query| key::without(ignored, query)) {
+        Some(query) => format!("{}?{query}", uri.path()),
+        None => uri.path().to_owned(),
+    }
+}
+
+/// The host of answers that are the same for any: a URL of whatever host names them.
+pub(super) const ANY_HOST: &str = "*";
 
 /// What is left of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     fmt,
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
 };
 
@@ -88,6 +88,9 @@ impl State {
     /// The answers of a route: those that there are, unless its section or its upstream changed. They live as long as a
     /// layer has them.
     pub(super) fn kept(&self, config: &Config, route: &str, upstream: &str, metrics: &CacheMetrics) -> Arc<Kept> {
+        if config.ignore_host {
+            self.purger.any_host.store(true, Ordering::Relaxed);
+        }
         let mut all = self.purger.kept.lock();
         all.retain(|_, kept| {
             kept.retain(|(_, kept)| kept.strong_count() > 0);
