@@ -189,6 +189,8 @@ async fn what_a_trusted_proxy_says_of_the_name_that_the_client_knows_counts() {
         "",
         "x-forwarded-host: one.example\r\n",
         "x-forwarded-host: two.example\r\n",
+        "x-forwarded-host: one.example\r\nx-forwarded-host: two.example\r\n",
+        "x-forwarded-host: \u{fc}.example\r\n",
         "x-forwarded-host: two.example\r\nx-forwarded-port: 666\r\n",
         "x-forwarded-host: two.example\r\nx-forwarded-proto: https\r\n",
         "x-forwarded-port: 666\r\n",

@@ -134,12 +134,14 @@ impl Keys<'_> {
         hash.put(Tag::Path, asks.path.as_bytes());
         // From a proxy that is trusted: pages may be written for the host that the client knows. Where the host makes no
         // difference, neither does what is said about it.
-        let named = asks.headers.get(X_FORWARDED_HOST).and_then(|host| host.to_str().ok());
-        let named = named.map(|named| authority(named, asks.https)).filter(|_| !asks.host.is_empty());
-        if let Some(named) = named.filter(|named| *named != host) {
-            hash.put(Tag::Forwarded, named.as_bytes());
-        }
         if !asks.host.is_empty() {
+            if let Some(said) = field(asks.headers, &X_FORWARDED_HOST) {
+                let named = str::from_utf8(&said).map(|said| authority(said, asks.https));
+                let named = named.as_ref().map_or(&*said, |named| named.as_bytes());
+                if named != host.as_bytes() {
+                    hash.put(Tag::Forwarded, named);
+                }
+            }
             for pair in named_hops(asks.headers) {
                 hash.put(Tag::Header, FORWARDED.as_str().as_bytes());
                 hash.put(Tag::Value, pair);
