@@ -123,9 +123,10 @@ routes: [{{ upstream: api, cache: {{}} }}, {{ match: {{ path: /chat }}, upstream
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_has_answers_of_its_own() {
-    for session in ["{}", "{ header: mcp-session-id }"] {
+    for session in ["{}", "{ header: mcp-session-id }", "{ upstream_header: x-sid }"] {
         let backend = Recorder::scripted(|_, request| {
-            ok("cache-control: max-age=600\r\n", request.head.get("x-session-id").expect("the upstream is told"))
+            let told = request.head.get("x-session-id").or(request.head.get("x-sid"));
+            ok("cache-control: max-age=600\r\n", told.expect("the upstream is told"))
         })
         .await;
         let settings = format!(
