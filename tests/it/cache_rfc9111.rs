@@ -11,6 +11,17 @@ fn request(method: &str, path: &str) -> String {
     format!("{method} {path} HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 0\r\n\r\n")
 }
 
+/// A proxy that has been answered with these fields, by a backend that is gone.
+async fn stored_once(section: &str, fields: &str) -> Proxy {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+    let mut client = asking(&proxy, get("/", "")).await;
+    let (mut upstream, _) = backend.accept_head().await;
+    upstream.send(ok(&format!("{fields}connection: close\r\n"), "old")).await;
+    assert_eq!(client.answer().await.text(), "old");
+    proxy
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn section_3_what_nothing_allows_is_not_stored() {
     for (status, fields, request) in [
@@ -297,9 +308,7 @@ async fn section_4_2_4_nothing_is_stale_unless_it_is_allowed() {
         ("{ stale_while_revalidate: 1h }", "cache-control: max-age=0, must-revalidate\r\netag: \"a\"\r\n", false),
         ("{ stale_while_revalidate: 1h }", "cache-control: no-cache\r\netag: \"a\"\r\n", false),
     ] {
-        let (backend, proxy) = counting(section, fields).await;
-        proxy.get("/").await;
-        drop(backend);
+        let proxy = stored_once(section, fields).await;
         let answer = proxy.get("/").await;
         assert_eq!(answer.status(), if stale { 200 } else { 502 }, "{section} {fields}: {answer:?}");
         let answer = proxy.ask(get("/", "cache-control: max-stale\r\n")).await;
@@ -451,11 +460,7 @@ async fn section_5_2_1_5_what_a_request_forbids_to_store_is_stored_for_nobody() 
 async fn section_5_2_2_2_what_must_be_validated_is_an_error_where_it_cannot_be() {
     for revalidate in ["must-revalidate", "proxy-revalidate"] {
         let fields = format!("cache-control: max-age=1, {revalidate}, stale-if-error=600\r\netag: \"a\"\r\n");
-        let backend = Recorder::answering(ok(&fields, "old")).await;
-        let section = "{ stale_if_error: 1h, stale_while_revalidate: 1h }";
-        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
-        proxy.get("/").await;
-        drop(backend);
+        let proxy = stored_once("{ stale_if_error: 1h, stale_while_revalidate: 1h }", &fields).await;
         // As long as it is fresh it is a hit; then nothing may be given but an error.
         eventually("it to be stale", async || {
             let answer = proxy.ask(get("/", "cache-control: max-stale\r\n")).await;
