@@ -7,6 +7,9 @@
 //! the connection finds [`message::Deadline`] among the extensions of such a response, and drops it then; the body notes
 //! in the record of the exchange that this is what ended it.
 //!
+//! Others may share a response, who asked for the same later. What they share goes on for the last of them, as long as
+//! [`message::Latecomers`] says, and `layers::cache` ends it for each at its own deadline.
+//!
 //! ```
 //! use std::time::Duration;
 //! use http::{Request, Response};
@@ -30,7 +33,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body::Body as HttpBody;
 use pin_project_lite::pin_project;
 use tokio::{
     task::unconstrained,
@@ -41,7 +44,7 @@ use tower::{Layer, Service};
 use crate::{
     message::{self, Body, BoxError, Error, Kind},
     sse,
-    telemetry::Exchange,
+    telemetry::{Due, Exchange},
 };
 
 /// Gives an exchange `total`, streams excepted.
@@ -101,8 +104,10 @@ where
         let deadline = Instant::now() + self.settings.total;
         request.extensions_mut().insert(message::Deadline(deadline));
         let exchange = Exchange::of(&request).cloned();
+        let latecomers = request.extensions().get().cloned();
         ResponseFuture {
             exchange,
+            latecomers,
             inner: self.inner.call(request),
             sleep: sleep_until(deadline),
             deadline,
@@ -121,6 +126,7 @@ pin_project! {
         deadline: Instant,
         streams: bool,
         exchange: Option<Exchange>,
+        latecomers: Option<message::Latecomers>,
     }
 }
 
@@ -140,10 +146,9 @@ where
                 return Poll::Ready(Ok(response.map(Body::new)));
             }
             response.extensions_mut().insert(message::Deadline(*this.deadline));
-            let (sleep, exchange) = (sleep_until(*this.deadline), this.exchange.take());
-            return Poll::Ready(
-                Ok(response.map(|body| Body::new(ResponseBody { body, sleep, over: false, exchange }))),
-            );
+            let (deadline, exchange, latecomers) = (*this.deadline, this.exchange.take(), this.latecomers.take());
+            let due = |body| Body::new(Due::new(body, deadline, exchange).shared_with(latecomers));
+            return Poll::Ready(Ok(response.map(due)));
         }
         // Not by the task's budget, which an upstream that talks without pause uses up in each turn.
         ready!(pin!(unconstrained(this.sleep)).poll(cx));
@@ -155,65 +160,13 @@ fn is_stream<B: HttpBody>(response: &Response<B>) -> bool {
     sse::is_event_stream(response.headers()) || response.body().size_hint().exact().is_none()
 }
 
-pin_project! {
-    /// A response body that fails at its deadline.
-    struct ResponseBody<B: HttpBody> {
-        #[pin]
-        body: B,
-        #[pin]
-        sleep: Sleep,
-        over: bool,
-        exchange: Option<Exchange>,
-    }
-
-    impl<B: HttpBody> PinnedDrop for ResponseBody<B> {
-        fn drop(this: Pin<&mut Self>) {
-            // Dropped too late to be told.
-            if !this.over
-                && !this.body.is_end_stream()
-                && this.sleep.deadline() <= Instant::now()
-                && let Some(exchange) = &this.exchange
-            {
-                exchange.cut(&Error::from(Kind::DeadlineExceeded));
-            }
-        }
-    }
-}
-
-impl<B> HttpBody for ResponseBody<B>
-where
-    B: HttpBody<Data = Bytes, Error: Into<BoxError>>,
-{
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = self.project();
-        // The clock first: a body that always has a frame ready must not outrun it.
-        if this.sleep.poll(cx).is_ready() {
-            *this.over = true;
-            return Poll::Ready(Some(Err(Error::from(Kind::DeadlineExceeded).into())));
-        }
-        let frame = ready!(this.body.poll_frame(cx));
-        *this.over = !matches!(frame, Some(Ok(_)));
-        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
 
     use futures_util::{FutureExt, stream};
     use http::header::CONTENT_TYPE;
+    use http_body::{Frame, SizeHint};
     use http_body_util::{BodyExt, StreamBody};
     use tower::{ServiceExt, service_fn};
 

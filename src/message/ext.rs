@@ -4,7 +4,10 @@ use std::{
     any::Any,
     fmt,
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -157,6 +160,27 @@ pub struct TunnelIdle(pub Duration);
 /// does not begin what cannot be finished, and by `server`, which ends a response whose client does not take it.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline(pub Instant);
+
+/// How much later than the one who began an exchange others came who share it, each with time of its own: its answer may
+/// take so much longer.
+///
+/// Request extension. Written by `layers::cache`, which ends what each gets at its own deadline; read by
+/// `layers::deadline`.
+#[derive(Debug, Clone, Default)]
+pub struct Latecomers(Arc<AtomicU64>);
+
+impl Latecomers {
+    /// Notes one who came so much later.
+    pub fn add(&self, later: Duration) {
+        self.0.fetch_max(u64::try_from(later.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// How much later the last one came.
+    #[must_use]
+    pub fn latest(&self) -> Duration {
+        Duration::from_nanos(self.0.load(Ordering::Relaxed))
+    }
+}
 
 /// That a failure of this attempt need not be the client's answer: another attempt, or another upstream, could still
 /// step in. Who finds it holds a stream back until its first event, for with that the choice is made.

@@ -17,7 +17,7 @@ mod service;
 pub use self::{
     body::Body,
     error::{BoxError, Error, Fault, Kind},
-    ext::{Connection, Deadline, Peer, Principal, RequestId, Session, Tried, TunnelIdle, Undecided},
+    ext::{Connection, Deadline, Latecomers, Peer, Principal, RequestId, Session, Tried, TunnelIdle, Undecided},
     net::Net,
     problem::Form,
     replay::Replay,

@@ -2,19 +2,24 @@
 //! given again as a stream.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use http_body_util::BodyExt;
 use sidegate::{
     layers::{
         cache::{CacheLayer, Config, State},
         deadline::DeadlineLayer,
     },
-    message::{Body, BoxError, Error, HttpService, Kind},
+    message::{Body, BoxError, Deadline, Error, HttpService, Kind},
     telemetry::Metrics,
 };
 use tokio::{task::JoinSet, time::sleep};
@@ -496,6 +501,60 @@ async fn who_asks_later_has_time_of_its_own() {
     let both = (Ok(http::StatusCode::OK), Duration::from_secs(11));
     assert_eq!((second, third), (both, both), "asked for once more, by one of them");
     assert_eq!(asked.load(Ordering::Relaxed), 2);
+}
+
+/// Ten bytes, one every second and a half.
+struct Drip(usize, Pin<Box<tokio::time::Sleep>>);
+
+impl http_body::Body for Drip {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if self.0 == 0 {
+            return Poll::Ready(None);
+        }
+        ready!(self.1.as_mut().poll(cx));
+        self.1 = Box::pin(sleep(Duration::from_millis(1500)));
+        self.0 -= 1;
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(b".")))))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0 as u64)
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_reads_along_later_reads_longer() {
+    let begun = tokio::time::Instant::now();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let upstream = service_fn({
+        let asked = asked.clone();
+        move |_: http::Request<Body>| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            let answer = http::Response::builder().header("cache-control", "max-age=60");
+            let answer = answer.body(Drip(10, Box::pin(sleep(Duration::from_millis(1500))))).unwrap();
+            async { Ok::<_, BoxError>(answer) }
+        }
+    });
+    let upstream = HttpService::new(DeadlineLayer::new(Duration::from_secs(10)).layer(upstream));
+    let layer = CacheLayer::new(&Config::default(), "all", "api", &State::default(), None, &Metrics::new());
+    let cache = layer.layer(upstream);
+    let read = async |after: u64| {
+        sleep(Duration::from_secs(after)).await;
+        let answer = cache.clone().oneshot(http::Request::get("/").body(Body::empty()).unwrap()).await.unwrap();
+        let due = answer.extensions().get::<Deadline>().map(|deadline| (deadline.0 - begun).as_secs());
+        let read = answer.into_body().collect().await.map(|body| body.to_bytes().len());
+        (due, read.map_err(|error| Error::find(&*error).map(Error::kind)), begun.elapsed().as_secs())
+    };
+    let late = Err(Some(Kind::DeadlineExceeded));
+    assert_eq!(
+        tokio::join!(read(0), read(2), read(6)),
+        ((Some(10), late, 10), (Some(12), late, 12), (Some(16), Ok(10), 15)),
+        "each has ten seconds"
+    );
+    assert_eq!(asked.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

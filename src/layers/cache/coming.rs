@@ -10,6 +10,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header::AGE, request};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::time::Instant;
 
 use super::{
     freshness::Life,
@@ -21,7 +22,10 @@ use super::{
     stored,
     validate::{self, Evaluation},
 };
-use crate::message::{Body, BoxError, Response};
+use crate::{
+    message::{Body, BoxError, Deadline, Latecomers, Response},
+    telemetry::{Due, Exchange},
+};
 
 /// An answer of which the head is there.
 pub(super) struct Coming {
@@ -29,8 +33,11 @@ pub(super) struct Coming {
     /// As it came.
     pub(super) headers: HeaderMap,
     pub(super) version: http::Version,
-    /// What layers inside have to say to those outside: a deadline.
+    /// What layers inside have to say to those outside: a deadline, which is that of the one who asked first.
     pub(super) extensions: http::Extensions,
+    /// When it was asked for.
+    pub(super) begun: Instant,
+    pub(super) latecomers: Latecomers,
     pub(super) recording: Arc<Recording>,
     /// The fields of a request that it depends on.
     pub(super) vary: Vec<HeaderName>,
@@ -54,8 +61,16 @@ impl Coming {
         evaluation == Evaluation::NotModified
     }
 
-    /// The answer for one more who asked; `None` where its beginning is gone.
-    pub(super) fn response(&self, asking: Asking, status: CacheStatus, resume: Option<&Resume>) -> Option<Response> {
+    /// The answer for one who `came` then; `None` where its beginning is gone. Where it has to end by a time, each has as
+    /// much of it.
+    pub(super) fn response(
+        &self,
+        asking: Asking,
+        status: CacheStatus,
+        resume: Option<&Resume>,
+        came: Instant,
+        exchange: Option<&Exchange>,
+    ) -> Option<Response> {
         let along = Along { reader: self.recording.reader()?, _asking: asking.clone() };
         let mut response = Response::new(match resume.zip(self.id) {
             Some((resume, id)) => resume.begin(id, along, || self.stream(asking)),
@@ -64,6 +79,13 @@ impl Coming {
         *response.status_mut() = self.status;
         *response.version_mut() = self.version;
         *response.extensions_mut() = self.extensions.clone();
+        if let Some(Deadline(deadline)) = response.extensions_mut().get_mut() {
+            let later = came.saturating_duration_since(self.begun);
+            self.latecomers.add(later);
+            *deadline += later;
+            let own = *deadline;
+            response = response.map(|body| Body::new(Due::new(body, own, exchange.cloned())));
+        }
         *response.headers_mut() = if status.collapsed { self.shared_headers() } else { self.headers.clone() };
         self.tell(status, &mut response);
         Some(response)

@@ -341,6 +341,7 @@ fn coming(
     let is_post = job.head.method == Method::POST;
     // What another upstream than the route's own has said is no answer for when that is well again.
     let stepped_in = stepped_in(&job.head);
+    let latecomers = job.head.extensions.get().cloned().unwrap_or_default();
     let Job { primary, terms, basis, .. } = job;
     let (max_body, depends) = (terms.max_body, vary.clone());
     let share = terms.room.as_ref().filter(|_| id.is_some()).map(Room::share);
@@ -384,6 +385,8 @@ fn coming(
         headers,
         version,
         extensions,
+        begun,
+        latecomers,
         recording,
         vary,
         key,

@@ -9,7 +9,7 @@ use std::{
 use futures_util::FutureExt;
 use http::header::SET_COOKIE;
 use http_body::Body as _;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::{
     directives::Request as Directives,
@@ -24,7 +24,7 @@ use super::{
     tags, validate,
 };
 use crate::{
-    message::{BoxError, CloneService, Error, Kind, Request, Response},
+    message::{BoxError, CloneService, Error, Kind, Latecomers, Request, Response},
     telemetry::{Exchange, exchange::CacheOutcome},
 };
 
@@ -53,6 +53,7 @@ impl Gate {
     where
         S: CloneService + Sync,
     {
+        let came = Instant::now();
         let (asking, first) = match self.join(inner, question, key, stale) {
             Ok(Some(joined)) => joined,
             Ok(None) => return Step::Again(None),
@@ -91,7 +92,8 @@ impl Gate {
                     }
                     Some(coming.not_modified(*status))
                 } else {
-                    coming.response(held, *status, self.resume.as_ref())
+                    let exchange = question.head.extensions.get();
+                    coming.response(held, *status, self.resume.as_ref(), came, exchange)
                 };
                 response.map_or(Step::Alone, |response| {
                     self.note(&question.head, whose);
@@ -208,6 +210,7 @@ impl Gate {
         let names = self.names_of(question)?;
         let joined = self.kept.join(key, &names, &question.asked, stale.clone().as_ref(), |place| {
             let mut head = question.head.clone();
+            head.extensions.insert(Latecomers::default());
             // What the client would do with an answer that it has is decided when the answer is there.
             validate::conditions(&head.method, &mut head.headers, stale.as_ref().map(|stale| &stale.headers));
             let job = Job {
