@@ -17,9 +17,9 @@
 //! | [`session`] | `Session`, `Exchange` (session) | `Principal`, `Exchange` (https), `Connection` |
 //! | [`body_limit`] | | |
 //! | [`rate_limit`] | `Exchange` (rule, tunnel) | `Principal`, `Parameters`, `Exchange` (client address, bytes, tunnel, cache) |
-//! | [`cache`] | `Exchange` (cache) | `Principal`, `Parameters`, `Exchange` (https, fallback) |
+//! | [`cache`] | `Exchange` (cache, what cut it), `Latecomers` | `Principal`, `Session`, `Parameters`, `Deadline`, `Exchange` (https, fallback) |
 //! | [`concurrency`] | `Exchange` (tunnel) | `Exchange` (tunnel) |
-//! | [`deadline`] | `Deadline` | |
+//! | [`deadline`] | `Deadline`, `Exchange` (what cut it) | `Latecomers` |
 //! | [`fallback`] | `Replay`, `Undecided`, `Exchange` (upstream, fallback) | |
 //! | [`retry`] | `Replay`, `Tried`, `Undecided`, `Exchange` (retries) | `Replay`, `Deadline` |
 //! | [`stream_start`] | | `Undecided`, `Exchange` (bytes received) |

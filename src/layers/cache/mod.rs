@@ -11,8 +11,8 @@
 //!   or from an upstream that stepped in for the route's own. A stream is kept if it came to its end.
 //! - **What is stale** is validated, by `ETag` or `Last-Modified` where it has them; given while it is asked for anew
 //!   (`stale_while_revalidate`), and where the upstream fails (`stale_if_error`).
-//! - **What is dropped.** A request of an unsafe method that succeeds drops what its path has (§4.4), and the tags of
-//!   `invalidate`. The operator drops by path, tag, pattern, or everything. What is on its way then is not kept.
+//! - **What is dropped.** A request of an unsafe method that succeeds drops what its URL has (§4.4), on whatever route, and
+//!   the tags of `invalidate`. The operator drops by path, tag, pattern, or everything. What is on its way then is not kept.
 //! - **What cannot be kept** is remembered for two minutes: nobody waits for it.
 //! - **All replicas** find each other's answers in Redis, where there is one. It is asked once for all who want an answer
 //!   that this replica does not have, before the upstream is, and for no longer than its deadline. What one replica drops is
