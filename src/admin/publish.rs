@@ -36,7 +36,7 @@ use crate::{
 pub struct Config {
     /// Which one: `/health`, `/health/redis`, `/health/cache`, `/health/upstreams`, `/livez`, `/readyz`, `/metrics`,
     /// `/circuit-breakers`, `/upstreams`, `/cache`, `/rate-limits` and what is below, with or without its method. A query
-    /// after it holds instead of the client's: `POST /cache/purge?all`. A name in braces is the parameter of the route's
+    /// after it holds instead of the client's, as it stands: `POST /cache/purge?all`. A name in braces is the parameter of the route's
     /// path that is called so: `POST /circuit-breakers/{upstream}/reset`.
     pub page: PageName,
     /// Whether anybody may ask for a page that changes something: then its routes need no `auth`. Not from a browser's
@@ -140,6 +140,9 @@ impl FromStr for PageName {
             let methods: Vec<_> = all.iter().map(|(page, _)| page.method().to_string()).collect();
             return Err(NoPage(format!("`{path}` is asked for by {}", methods.join(" or "))));
         };
+        if query.is_some_and(|query| query.contains('{')) {
+            return Err(NoPage(format!("`{text}` has a name in braces in its query, which is taken as it stands")));
+        }
         let query = query.map(|query| format!("/?{query}").parse());
         let query = query.transpose().map_err(|_| NoPage(format!("`{text}` has a query that is none")))?;
         let name = match page.parameter() {
@@ -272,6 +275,7 @@ mod tests {
         for wrong in ["", "health", "/", "/nothing", "POST /health", "get /health", "/circuit-breakers/{rule}/reset"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
+        assert!(parse("/cache/purge?tag=bot:{id}").is_err(), "nothing would be purged");
     }
 
     #[test]

@@ -436,6 +436,54 @@ pub fn decode(text: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(out)
 }
 
+/// A path, with its query or without, in the one of its spellings that RFC 3986 §6.2.2 prefers: what need not be encoded is
+/// not, encodings are in upper case, and what cannot stand in a URL is encoded. It is what the path is called by, and not
+/// what is sent: backends may tell spellings apart.
+///
+/// ```
+/// use sidegate::message::path::normal;
+///
+/// assert_eq!(normal("/%7ejo/caf%c3%a9?q=%2f"), "/~jo/caf%C3%A9?q=%2F");
+/// assert_eq!(normal("/café au lait"), "/caf%C3%A9%20au%20lait");
+/// ```
+#[must_use]
+pub fn normal(text: &str) -> Cow<'_, str> {
+    if text.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'%') {
+        return Cow::Borrowed(text);
+    }
+    let mut out = String::with_capacity(text.len() + 16);
+    let mut rest = text.as_bytes();
+    while let [first, after @ ..] = rest {
+        let encoded = match after {
+            [high, low, tail @ ..] if *first == b'%' => byte(*high, *low).map(|byte| (byte, tail)),
+            _ => None,
+        };
+        let is_encoded = encoded.is_some();
+        let (byte, after) = encoded.unwrap_or((*first, after));
+        let stays = if is_encoded { is_unreserved(byte) } else { byte.is_ascii_graphic() && byte != b'%' };
+        if stays {
+            out.push(char::from(byte));
+        } else {
+            encode(byte, &mut out);
+        }
+        rest = after;
+    }
+    Cow::Owned(out)
+}
+
+/// Appends the percent-encoding of a byte.
+pub fn encode(byte: u8, to: &mut String) {
+    const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
+    let digit = |half: u8| char::from(DIGITS[usize::from(half & 0xF)]);
+    to.extend(['%', digit(byte >> 4), digit(byte)]);
+}
+
+/// What means the same encoded or not (RFC 3986 §2.3).
+#[must_use]
+pub fn is_unreserved(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~".contains(&byte)
+}
+
 fn byte(high: u8, low: u8) -> Option<u8> {
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     Some(digit(high)? << 4 | digit(low)?)
@@ -624,6 +672,20 @@ mod tests {
             let encoded = path.bytes().map(|byte| format!("%{byte:02x}")).collect::<Vec<_>>().concat();
             let (encoded, path) = (format!("/{encoded}"), format!("/{path}"));
             prop_assert_eq!(canonical(encoded.as_bytes()), canonical(path.as_bytes()));
+        }
+
+        #[test]
+        fn all_spellings_have_one_normal_form(text in "/[a~/%?é ]{0,16}", more: String) {
+            for text in [text, more] {
+                let once = normal(&text).into_owned();
+                prop_assert_eq!(&*normal(&once), &*once);
+                let encoded = text.bytes().map(|byte| format!("%{byte:02x}")).collect::<Vec<_>>().concat();
+                // What is reserved means something else when it is encoded.
+                let reserved = |byte: u8| byte.is_ascii_graphic() && !is_unreserved(byte);
+                if !text.bytes().any(reserved) {
+                    prop_assert_eq!(normal(&encoded), once);
+                }
+            }
         }
 
         #[test]

@@ -383,6 +383,29 @@ routes:
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_path_is_dropped_however_it_is_spelled() {
+    let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    for (kept, purged) in [
+        ("/caf%C3%A9", "url=/caf%C3%A9"),
+        ("/caf%c3%a9?q=%2f", "url=/caf%25C3%25A9%3Fq=%252F"),
+        ("/%7Euser", "url=/~user"),
+        ("/a%20b", "glob=/a%20*"),
+    ] {
+        let before = proxy.get(kept).await.text();
+        assert_eq!(proxy.get(kept).await.text(), before);
+        assert_eq!(proxy.admin_post(&format!("/cache/purge?{purged}")).await.status(), 200);
+        assert_ne!(proxy.get(kept).await.text(), before, "{purged}");
+    }
+    let before = proxy.get("/%7Euser").await.text();
+    assert_eq!(
+        proxy.ask("PUT /~user HTTP/1.1\r\nhost: sidegate.test\r\ncontent-length: 0\r\n\r\n").await.status(),
+        200
+    );
+    assert_ne!(proxy.get("/%7Euser").await.text(), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn tags_drop_together_what_belongs_together() {
     let backend = Recorder::scripted(|before, _| ok("cache-control: max-age=600\r\n", &before.to_string())).await;
     let settings = "

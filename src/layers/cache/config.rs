@@ -113,7 +113,8 @@ pub struct Config {
     /// A stream that says `no-transform` is left as it is, unless `ignore_cache_control` is set.
     pub resume: Toggle<HumanDuration>,
     /// Names under which answers are dropped together: `bot:{id}`, with parameters of the route's path, `{query:NAME}` and
-    /// `{header:NAME}`. Default none.
+    /// `{header:NAME}`. They are those of the request that was answered: what makes a difference for them should be part
+    /// of `key`, or named in `Vary`. Default none.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<Template>,
     /// The tags that a request of another method drops, on all routes, when it is answered by a 2xx or 3xx. Default none:
@@ -328,6 +329,15 @@ impl Check for Config {
         }
         for (key, templates) in [("tags", &self.tags), ("invalidate", &self.invalidate)] {
             for (n, template) in templates.iter().enumerate() {
+                let ignored = |name: &&str| self.ignore_query.iter().any(|ignored| ignored.is(name.as_bytes()));
+                if key == "tags"
+                    && let Some(name) = template.queries().find(ignored)
+                {
+                    let told = format!(
+                        "names `{{query:{name}}}`, which `ignore_query` leaves out: answers are shared by many of it"
+                    );
+                    problems.add(format!("{key}.{n}"), told);
+                }
                 for name in template.headers().filter(|name| CREDENTIALS.contains(name)) {
                     let told = format!("names `{{header:{name}}}`, which is a credential: many can read a tag");
                     problems.add(format!("{key}.{n}"), told);

@@ -16,6 +16,7 @@ use super::{
     key::{self, QueryName},
     tags::Glob,
 };
+use crate::message::path::normal;
 
 /// How many names are known of that were purged. Beyond, those that were purged first are forgotten, and with them all
 /// answers that are older.
@@ -47,6 +48,7 @@ impl Target {
         let rest = rest.split('#').next().unwrap_or_default();
         let (host, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        let path = normal(&path);
         let is_valid = !rest.is_empty() && path.parse::<Uri>().is_ok();
         let host = key::authority(host, scheme.eq_ignore_ascii_case("https"));
         is_valid.then(|| Self::Url(format!("{host}{path}").into()))
@@ -73,11 +75,12 @@ impl Target {
     }
 }
 
-/// Path and query, without the parameters that make no difference: as all those have it that share an answer.
+/// Path and query in their [normal] form, without the parameters that make no difference: as all those have it that share
+/// an answer.
 pub(super) fn path(uri: &Uri, ignored: &[QueryName]) -> String {
     match uri.query().and_then(|query| key::without(ignored, query)) {
-        Some(query) => format!("{}?{query}", uri.path()),
-        None => uri.path().to_owned(),
+        Some(query) => normal(&format!("{}?{query}", uri.path())).into_owned(),
+        None => normal(uri.path()).into_owned(),
     }
 }
 
@@ -99,7 +102,7 @@ pub(super) enum Standing {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Names {
     pub(super) host: Box<str>,
-    /// With its query.
+    /// With its query, in the [normal] form.
     pub(super) path: Box<str>,
     pub(super) tags: Box<[Box<str>]>,
 }
@@ -274,10 +277,11 @@ mod tests {
             ("a.test:8080/a?b", "a.test:8080/a?b"),
             ("a.test", "a.test/"),
             ("/go?to=http://b.test/c", "/go?to=http://b.test/c"),
+            ("/a b/%7e", "/a%20b/~"),
         ] {
             assert_eq!(Target::url(text), Some(Target::Url(url.into())));
         }
-        assert_eq!((Target::url(""), Target::url("/a b")), (None, None));
+        assert_eq!(Target::url(""), None);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Deserializer, de::Error};
 use super::key::field;
 use crate::{
     config::text,
-    message::path::{Parameters, decode},
+    message::path::{Parameters, decode, encode, normal},
 };
 
 /// The longest tag, in bytes.
@@ -53,6 +53,14 @@ impl Template {
     pub fn parameters(&self) -> impl Iterator<Item = &str> {
         self.pieces.iter().filter_map(|piece| match piece {
             Piece::Path(name) => Some(&**name),
+            _ => None,
+        })
+    }
+
+    /// The parameters of the query that have a place in it.
+    pub fn queries(&self) -> impl Iterator<Item = &str> {
+        self.pieces.iter().filter_map(|piece| match piece {
+            Piece::Query(name) => Some(&**name),
             _ => None,
         })
     }
@@ -105,9 +113,7 @@ fn write(value: &[u8], is_plain: impl Fn(u8) -> bool, tag: &mut String) -> Resul
         if is_plain(byte) {
             tag.push(char::from(byte));
         } else {
-            const DIGITS: &[u8; 16] = b"0123456789ABCDEF";
-            let digit = |half: u8| char::from(DIGITS[usize::from(half & 0xF)]);
-            tag.extend(['%', digit(byte >> 4), digit(byte)]);
+            encode(byte, tag);
         }
         if tag.len() > MAX_TAG {
             return Err(TooLong);
@@ -182,6 +188,8 @@ text!(Template, "CacheTag", {
 /// Paths with their queries, `/bots/*?page=?`: `*` is any run of characters, slashes included, `?` is any one, a question
 /// mark included, and everything else is itself.
 ///
+/// Both are in their [normal] form.
+///
 /// To match takes as many steps as the text is long, times the longest part of the glob between two `*`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Glob(String);
@@ -227,7 +235,7 @@ impl FromStr for Glob {
         if !text.starts_with(['/', '*', '?']) {
             return Err(format!("`{text}` matches no path: begin it with `/` or `*`, as in `/bots/*`"));
         }
-        Ok(Self(text.to_owned()))
+        Ok(Self(normal(text).into_owned()))
     }
 }
 
@@ -398,7 +406,7 @@ mod tests {
         #[test]
         fn a_glob_is_what_it_is_defined_to_be(pattern in "[/*?][ab?*é/]{0,7}", text in "/?[ab?é*/]{0,9}") {
             let chars = |text: &str| text.chars().collect::<Vec<_>>();
-            prop_assert_eq!(glob(&pattern).matches(&text), naive(&chars(&pattern), &chars(&text)));
+            prop_assert_eq!(glob(&pattern).matches(&text), naive(&chars(&normal(&pattern)), &chars(&text)));
         }
 
         #[test]

@@ -4,12 +4,15 @@
 //! clients and no access line. It is asked for again before it becomes stale, and where it was dropped. What fails is tried
 //! again with ever longer pauses, and logged.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt};
 use http_body::Body as _;
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{
+    sync::Semaphore,
+    time::{sleep, timeout},
+};
 use tracing::{info, warn};
 
 use super::{fill::Outcome, gate::Gate, kept::Entry, question::Question, stored::Stored, warmed::Warmed};
@@ -20,6 +23,8 @@ use crate::{
 
 /// How many a route may ask for at once.
 const AT_ONCE: usize = 4;
+/// For how long one of them counts among these. What takes longer goes on without: paths that hang keep no others cold.
+const COUNTS: Duration = Duration::from_secs(10);
 /// How often it is looked whether an answer is still there: it may have been dropped, or had to give way.
 const LOOK: Duration = Duration::from_secs(5);
 /// The pause after a failure, which doubles, and the longest.
@@ -100,8 +105,14 @@ where
         if let Some(wait) = self.stored().and_then(|stored| self.wait(&stored)) {
             return Ok((Found::There, wait));
         }
-        let _place = self.places.acquire().await;
-        self.fetch().await?;
+        let place = self.places.acquire().await;
+        let mut fetch = pin!(self.fetch());
+        if let Ok(done) = timeout(COUNTS, &mut fetch).await {
+            done?;
+        } else {
+            drop(place);
+            fetch.await?;
+        }
         let stored = self.stored().ok_or("it is not kept")?;
         let wait = self.wait(&stored).ok_or("it is stale when it comes")?;
         Ok((Found::Fetched, wait))
@@ -175,5 +186,47 @@ where
             }
             Outcome::Failed { kind, .. } => Err(kind.slug()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use futures_util::future::join_all;
+    use http::Response;
+    use tower::service_fn;
+
+    use super::*;
+    use crate::{
+        layers::cache::{CacheLayer, Config, State},
+        message::{Body, BoxError, Request},
+        telemetry::Metrics,
+    };
+
+    #[tokio::test(start_paused = true)]
+    async fn paths_that_hang_keep_no_others_cold() {
+        let hanging = (0..AT_ONCE).map(|n| format!("/hangs/{n}"));
+        let warm = hanging.chain(["/ok".to_owned()]).map(|path| path.parse().unwrap()).collect();
+        let config = Config { warm, ..Config::default() };
+        let layer = CacheLayer::new(&config, "route", "api", &State::default(), None, &Metrics::new());
+        let asked = Arc::new(AtomicUsize::new(0));
+        let upstream = {
+            let asked = asked.clone();
+            service_fn(move |request: Request| {
+                let asked = asked.clone();
+                async move {
+                    if request.uri().path() != "/ok" {
+                        std::future::pending::<()>().await;
+                    }
+                    asked.fetch_add(1, Ordering::Relaxed);
+                    let answer = Response::builder().header("cache-control", "max-age=100");
+                    Ok::<_, BoxError>(answer.body(Body::from("warm")).unwrap())
+                }
+            })
+        };
+        let keepers = join_all(layer.keep_warm(&upstream, |_| None));
+        timeout(COUNTS + Duration::from_secs(1), keepers).await.expect_err("they go on for ever");
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
     }
 }

@@ -14,7 +14,7 @@ use http::{
 use hyper::ext::Protocol;
 
 use super::{Limits, survey::Survey};
-use crate::message::Kind;
+use crate::message::{Kind, path::is_unreserved};
 
 /// Refuses what is too large, or can be read in more than one way.
 pub(super) fn check<B>(request: &Request<B>, survey: Survey, limits: &Limits) -> Result<(), Kind> {
@@ -128,10 +128,6 @@ fn is_host(text: &[u8]) -> bool {
         }
         _ => false,
     }
-}
-
-fn is_unreserved(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~')
 }
 
 #[cfg(test)]
