@@ -12,6 +12,7 @@ use http::{
 };
 
 use super::{
+    date::{self, LATEST, since_epoch},
     directives::{self, MAX_SECONDS, MaxStale, Scope, Seconds},
     validate, vary,
 };
@@ -183,7 +184,7 @@ pub(super) fn life(
 
     let (requested, received) = (since_epoch(requested), since_epoch(received));
     let age = age_field(headers);
-    let date = date(headers, DATE).unwrap_or(received);
+    let date = date_of(headers, DATE).unwrap_or(received);
     let corrected = age.unwrap_or(0).saturating_add(received.saturating_sub(requested));
     let initial_age = received.saturating_sub(date).max(corrected).min(MOST);
 
@@ -291,7 +292,7 @@ fn explicit(headers: &HeaderMap, said: &directives::Response, date: u64, rules: 
     let first = all.next()?;
     // §5.3: what is no date, above all `0`, is past. So are two different ones: §4.2.1.
     let valid = all.all(|other| other == first);
-    let expires = valid.then(|| parse_date(first.as_bytes())).flatten().unwrap_or(0);
+    let expires = valid.then(|| date::parse(first.as_bytes())).flatten().unwrap_or(0);
     Some(expires.saturating_sub(date).min(MOST))
 }
 
@@ -306,7 +307,7 @@ fn heuristic(
     if request.method != Method::GET || !(matches!(class, Class::Lasting | Class::Negative) || said.public) {
         return None;
     }
-    let modified = self::date(headers, LAST_MODIFIED)?;
+    let modified = date_of(headers, LAST_MODIFIED)?;
     Some((date.saturating_sub(modified) / 10).min(HEURISTIC_CAP))
 }
 
@@ -335,21 +336,10 @@ fn age_field(headers: &HeaderMap) -> Option<u64> {
     one.and_then(directives::seconds).map(|seconds| u64::from(seconds) * 1000)
 }
 
-/// A field with a date that is one (RFC 9110 §5.6.7), in milliseconds since the epoch.
-fn date(headers: &HeaderMap, name: HeaderName) -> Option<u64> {
-    parse_date(headers.get(name)?.as_bytes())
+/// A field with a date that is one.
+fn date_of(headers: &HeaderMap, name: HeaderName) -> Option<u64> {
+    date::parse(headers.get(name)?.as_bytes())
 }
-
-pub(super) fn parse_date(text: &[u8]) -> Option<u64> {
-    httpdate::parse_http_date(std::str::from_utf8(text).ok()?).ok().map(since_epoch)
-}
-
-fn since_epoch(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).map_or(0, |time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)).min(LATEST)
-}
-
-/// The end of the year 9999, the last that a date can name.
-pub(super) const LATEST: u64 = 253_402_300_799_999;
 
 fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX).min(MOST)

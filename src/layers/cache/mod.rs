@@ -56,6 +56,7 @@ pub mod canonical;
 mod change;
 mod coming;
 mod config;
+mod date;
 mod directives;
 mod encoding;
 mod fill;

@@ -10,7 +10,7 @@ use http::{
     header::{ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, DATE, ETAG, IF_RANGE, LAST_MODIFIED, RANGE},
 };
 
-use super::{freshness::parse_date, validate};
+use super::{date, validate};
 
 /// What of the stored content is sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,8 +117,8 @@ fn is_current(headers: &HeaderMap, stored: &HeaderMap) -> bool {
     if validator.contains(&b'"') {
         return stored.get(ETAG).is_some_and(|tag| validate::is_strong_match(tag.as_bytes(), validator));
     }
-    let date = |name| stored.get(name).and_then(|value| parse_date(value.as_bytes()));
-    let (Some(asked), Some(modified), Some(made)) = (parse_date(validator), date(LAST_MODIFIED), date(DATE)) else {
+    let date = |name| stored.get(name).and_then(|value| date::parse(value.as_bytes()));
+    let (Some(asked), Some(modified), Some(made)) = (date::parse(validator), date(LAST_MODIFIED), date(DATE)) else {
         return false;
     };
     asked == modified && made.saturating_sub(modified) >= 1000

@@ -1,7 +1,7 @@
 //! Conditional requests, of the client to the cache and of the cache to the upstream, and what is kept of an answer
 //! (RFC 9111 §3.1, §3.2, §4.3; RFC 9110 §13).
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
@@ -13,11 +13,7 @@ use http::{
     },
 };
 
-use super::{
-    directives,
-    freshness::{LATEST, parse_date},
-    status::CACHE_STATUS,
-};
+use super::{date, directives, status::CACHE_STATUS};
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
@@ -80,7 +76,7 @@ pub(super) fn evaluate(method: &Method, headers: &HeaderMap, status: StatusCode,
         return Evaluation::Full;
     }
     // Without a last change it is the date of the answer, which has one: `storable_headers`.
-    let date = |value: &HeaderValue| parse_date(value.as_bytes());
+    let date = |value: &HeaderValue| date::parse(value.as_bytes());
     let changed = stored.get(LAST_MODIFIED).or_else(|| stored.get(DATE)).and_then(date);
     match (changed, date(first)) {
         (Some(changed), Some(since)) if changed <= since => Evaluation::NotModified,
@@ -113,7 +109,7 @@ pub(super) fn selects(stored: &HeaderMap, of_304: &HeaderMap) -> bool {
         (Some(new), Some(old)) => is_weak_match(old.as_bytes(), new.as_bytes()),
         _ => match (of_304.get(LAST_MODIFIED), stored.get(LAST_MODIFIED)) {
             (Some(new), Some(old)) => {
-                new == old || parse_date(new.as_bytes()).is_some_and(|new| Some(new) == parse_date(old.as_bytes()))
+                new == old || date::parse(new.as_bytes()).is_some_and(|new| Some(new) == date::parse(old.as_bytes()))
             }
             (Some(_), None) => false,
             // A tag where there was none is a strong validator that is not ours, unless it is said to be weak.
@@ -169,18 +165,11 @@ pub(super) fn storable_headers(headers: &HeaderMap, received: SystemTime) -> Hea
         }
     }
     if !kept.contains_key(DATE)
-        && let Some(now) = format_date(received)
+        && let Some(now) = date::format(received)
     {
         kept.insert(DATE, now);
     }
     kept
-}
-
-/// `httpdate` panics at years that have not four digits.
-fn format_date(time: SystemTime) -> Option<HeaderValue> {
-    let since_epoch = time.duration_since(UNIX_EPOCH).ok()?;
-    let sane = since_epoch <= Duration::from_millis(LATEST);
-    sane.then(|| httpdate::fmt_http_date(time)).and_then(|date| HeaderValue::try_from(date).ok())
 }
 
 fn is_unstorable(name: &HeaderName) -> bool {
@@ -243,9 +232,15 @@ impl<'a> Iterator for Tags<'a> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
     use proptest::prelude::*;
 
-    use super::{super::directives::map, Evaluation::*, *};
+    use super::{
+        super::{date::LATEST, directives::map},
+        Evaluation::*,
+        *,
+    };
 
     const OLD: &str = "Wed, 01 Jan 2020 00:00:00 GMT";
     const NEW: &str = "Thu, 02 Jan 2020 00:00:00 GMT";
