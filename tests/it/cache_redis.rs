@@ -47,6 +47,27 @@ async fn pair(backend: &Recorder, redis: &Redis, section: &str) -> [Proxy; 2] {
     pair
 }
 
+/// One of a user of Redis who can be kept from hearing what the others purge.
+async fn pair_with_a_deaf_one(backend: &Recorder, redis: &Redis, section: &str) -> [Proxy; 2] {
+    let all = ["ACL", "SETUSER", "deaf", "on", "nopass", "~*", "+@all", "allchannels"];
+    assert_eq!(redis.command(&all).await, "+OK\r\n");
+    let a = replica(&backend.url(), &at(redis), section).await;
+    let b = replica(&backend.url(), &at(redis).replace("//", "//deaf:x@"), section).await;
+    listen(redis, 2).await;
+    [a, b]
+}
+
+/// From now on that one hears nothing.
+async fn deafen(redis: &Redis) {
+    redis.command(&["ACL", "SETUSER", "deaf", "resetchannels"]).await;
+    listen(redis, 1).await;
+}
+
+async fn marked(redis: &Redis, kind: &str) {
+    let mark = format!("{{purges}}:{kind}");
+    eventually("the mark to be made", async || redis.keys().await.iter().any(|key| key.contains(&mark))).await;
+}
+
 async fn in_redis(proxy: &Proxy, outcome: &str) -> i64 {
     proxy.sample(&format!("sidegate_cache_redis_total{{route=\"all\",outcome=\"{outcome}\"}}")).await
 }
@@ -433,6 +454,30 @@ async fn a_purge_without_redis_holds_here_and_everywhere_when_redis_is_back() {
     assert_ne!(a.get("/").await.text(), old);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_304_does_not_bring_back_what_was_purged_elsewhere() {
+    let redis = Redis::start().await;
+    let backend = Recorder::scripted(|before, request| match request.head.get("if-none-match") {
+        Some(_) => "HTTP/1.1 304 Not Modified\r\netag: \"e\"\r\ncache-control: max-age=600\r\n\r\n".to_owned(),
+        None => ok("cache-control: no-cache\r\netag: \"e\"\r\n", &before.to_string()),
+    })
+    .await;
+    for (path, what) in [("/url", "url=/url"), ("/glob", "glob=/glob*"), ("/soft", "url=/soft&soft")] {
+        let [a, b] = pair_with_a_deaf_one(&backend, &redis, "{}").await;
+        let old = b.get(path).await.text();
+        written(&b, 1).await;
+        deafen(&redis).await;
+        purge(&a, what).await;
+        marked(&redis, if path == "/glob" { "globs" } else { "u" }).await;
+        let is_kept = path == "/soft";
+        assert_eq!(b.get(path).await.text() == old, is_kept, "{what}: nobody vouches for it any more");
+        for proxy in [&a, &b] {
+            assert_eq!(proxy.get(path).await.text() == old, is_kept, "{what}");
+        }
+        assert!(is_hit(&b.get(path).await), "{what}: what was renewed is fresh");
+    }
+}
+
 /// What is done to the value of `KEYS[1]`; `KEYS[2]` has another answer.
 const WRONGS: [&str; 13] = [
     "flip(3)",
@@ -745,7 +790,7 @@ async fn a_purge_that_redis_has_no_room_for_holds_on_all_replicas() {
     }
     redis.config_set("maxmemory", "0").await;
     let c = replica(&backend.url(), &at(&redis), "{}").await;
-    eventually("the mark to be made", async || redis.keys().await.iter().any(|key| key.contains("{purges}:u"))).await;
+    marked(&redis, "u").await;
     assert_ne!(c.get("/").await.text(), old);
 }
 

@@ -53,6 +53,31 @@ async fn a_stale_answer_is_asked_about_by_its_date_and_replaced_by_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_purged_while_it_is_asked_about_is_not_given_again() {
+    let backend = Backend::start().await;
+    let proxy = Proxy::before(&backend.url(), &cached("{}")).await;
+    for (path, answer) in [("/304", "304 Not Modified"), ("/503", "503 Down")] {
+        let mut client = proxy.connect().await;
+        client.send(get(path, "")).await;
+        let (mut upstream, _) = backend.accept_head().await;
+        upstream.send(ok("cache-control: max-age=600, stale-if-error=600\r\netag: \"e\"\r\n", "old")).await;
+        assert_eq!(client.answer().await.text(), "old");
+        proxy.admin_post(&format!("/cache/purge?url={path}&soft")).await;
+        client.send(get(path, "")).await;
+        assert_eq!(upstream.head().await.get("if-none-match"), Some("\"e\""));
+        proxy.admin_post(&format!("/cache/purge?url={path}")).await;
+        upstream.send(format!("HTTP/1.1 {answer}\r\ncontent-length: 0\r\n\r\n")).await;
+        if answer == "503 Down" {
+            assert_eq!(client.answer().await.status(), 503, "and no stale answer");
+            continue;
+        }
+        assert_eq!(upstream.head().await.get("if-none-match"), None, "it is asked for anew");
+        upstream.send(ok("cache-control: max-age=600\r\n", "new")).await;
+        assert_eq!(client.answer().await.text(), "new");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_cookie_beside_a_304_is_for_who_asked() {
     let backend = Recorder::scripted(|before, _| match before {
         0 => ok("cache-control: max-age=0\r\netag: \"v1\"\r\n", "body"),

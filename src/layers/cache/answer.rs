@@ -358,6 +358,7 @@ impl Gate {
             headers: &question.head.headers,
             names: &names,
             number: self.kept.purges.now(),
+            stale: None,
             exchange: question.head.extensions.get(),
         };
         let looked = shared.look(sought).await;

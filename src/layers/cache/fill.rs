@@ -23,6 +23,7 @@ use super::{
     hub,
     kept::Place,
     key::Key,
+    purge::Standing,
     recording::{Lost, Recording, Whole},
     resume::{self, Id, Room},
     shared::{Shared, Sought},
@@ -59,6 +60,8 @@ pub(super) struct Renewed {
     pub(super) key: Key,
     /// Whether it is for others than the one who asked first.
     pub(super) is_shared: bool,
+    /// Whether it is kept.
+    pub(super) is_kept: bool,
     /// What the 304 sets, for the one who asked first.
     pub(super) cookies: Vec<HeaderValue>,
 }
@@ -84,6 +87,8 @@ pub(super) struct Job {
     pub(super) asked: directives::Request,
     /// What the answer rests on.
     pub(super) basis: Basis,
+    /// What the stale one rests on: a 304 says nothing of what was purged between its body and now.
+    pub(super) rests: Basis,
     pub(super) terms: Arc<Terms>,
 }
 
@@ -124,6 +129,7 @@ where
     S: Service<Request, Response = Response, Error: Into<BoxError>>,
 {
     job.basis = Basis::new(place.number, None, hub::clock());
+    job.rests = job.stale.as_ref().map(|stale| stale.basis.clone()).unwrap_or_default();
     if let Some(shared) = &job.terms.shared {
         let sought = Sought {
             primary: job.primary,
@@ -131,10 +137,20 @@ where
             headers: &job.head.headers,
             names: &place.names,
             number: place.number,
+            stale: job.stale.as_deref(),
             exchange: job.head.extensions.get(),
         };
         let looked = shared.look(sought).await;
         job.basis = looked.basis;
+        match looked.renews {
+            Some(rests) => job.rests = rests,
+            // Whatever the upstream would say of it, it was dropped, or may have been.
+            None if job.stale.take().is_some() => {
+                validate::conditions(&job.head.method, &mut job.head.headers, None);
+                request.headers_mut().clone_from(&job.head.headers);
+            }
+            None => {}
+        }
         if let Some(names) = looked.varies {
             place.kept.put_names(job.primary, &names, true);
         }
@@ -149,6 +165,7 @@ where
             }
             validate::conditions(&job.head.method, &mut job.head.headers, Some(&found.headers));
             request.headers_mut().clone_from(&job.head.headers);
+            job.rests = found.basis.clone();
             (job.stale, job.key) = (Some(found), key);
         }
     }
@@ -181,8 +198,8 @@ where
     // By another method than `GET` nobody asked on a condition, and what the upstream means by it is for the client to see.
     let is_told = response.status() == StatusCode::NOT_MODIFIED && job.head.method == Method::GET;
     if let Some(stale) = job.stale.as_ref().filter(|_| is_told) {
-        if !validate::selects(&stale.headers, response.headers()) {
-            // About another answer than ours (§4.3.4): this one is asked for without a condition.
+        if place.kept.standing(stale) == Standing::Gone || !validate::selects(&stale.headers, response.headers()) {
+            // About one that was purged meanwhile, or another one (§4.3.4): ours is asked for without a condition.
             let mut head = job.head.clone();
             validate::conditions(&head.method, &mut head.headers, None);
             let again = Request::from_parts(head, Body::empty());
@@ -284,12 +301,12 @@ fn renewed(
     (parts.status, parts.headers) = (stale.status, headers);
     let life = freshness::life(&job.head, &parts, &job.terms.rules, requested, received);
     let of_both = *life.as_ref().unwrap_or(&stale.life);
-    let stored = Arc::new(stale.with(&parts.headers, of_both, job.basis.clone()));
+    let stored = Arc::new(stale.with(&parts.headers, of_both, job.rests.clone()));
     // What depends on other fields than before stands under a key that is no longer its own.
     let vary = vary::names(&stored.headers);
     let is_shared = life.is_ok() && vary == vary::names(&stale.headers);
+    let is_kept = is_shared && place.kept.put(job.key, stored.clone());
     if is_shared {
-        place.kept.put(job.key, stored.clone());
         if let (Some(shared), Names::Fields(vary)) = (&job.terms.shared, vary) {
             shared.put(job.primary, job.key, vary, stored.clone());
         }
@@ -301,7 +318,7 @@ fn renewed(
         }
     }
     let cookies = of_304.get_all(SET_COOKIE).iter().cloned().collect();
-    Outcome::Renewed(Arc::new(Renewed { stored, key: job.key, is_shared, cookies }))
+    Outcome::Renewed(Arc::new(Renewed { stored, key: job.key, is_shared, is_kept, cookies }))
 }
 
 /// Whether it is made while it comes: an event stream, or JSON in lines.

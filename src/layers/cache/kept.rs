@@ -161,17 +161,19 @@ impl Kept {
         }
     }
 
-    fn standing(&self, stored: &Stored) -> Standing {
+    /// What is left of an answer after the purges that this replica knows of.
+    pub(super) fn standing(&self, stored: &Stored) -> Standing {
         self.purges.standing(stored.basis.number.load(std::sync::atomic::Ordering::Relaxed), &stored.names)
     }
 
-    /// Keeps an answer, unless it was purged while it was on its way.
-    pub(super) fn put(&self, key: Key, stored: Arc<Stored>) {
-        match self.standing(&stored) {
-            Standing::Gone => {}
-            // It is made stale when it is looked at.
-            Standing::Soft | Standing::Valid => self.entries.insert(key, Entry::Answer(stored)),
+    /// Keeps an answer, unless it was purged while it was on its way. Whether it does.
+    pub(super) fn put(&self, key: Key, stored: Arc<Stored>) -> bool {
+        // One that was made stale is made so when it is looked at.
+        let is_left = self.standing(&stored) != Standing::Gone;
+        if is_left {
+            self.entries.insert(key, Entry::Answer(stored));
         }
+        is_left
     }
 
     /// Notes that what is asked for under `primary` varies. Where there is an answer already, that one stays until another

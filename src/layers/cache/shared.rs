@@ -78,6 +78,8 @@ pub(super) struct Looked {
     pub(super) found: Option<(Key, Box<Stored>)>,
     /// What it varies by, where that was not known.
     pub(super) varies: Option<Vec<HeaderName>>,
+    /// What the answer that there is rests on, if a 304 may renew it. None where it was purged, or where nobody knows.
+    pub(super) renews: Option<Basis>,
 }
 
 /// What is looked for.
@@ -90,6 +92,8 @@ pub(super) struct Sought<'a> {
     pub(super) names: &'a Arc<Names>,
     /// The last purge that this replica knew of before.
     pub(super) number: u64,
+    /// What there is, and the upstream is asked about.
+    pub(super) stale: Option<&'a Stored>,
     pub(super) exchange: Option<&'a Exchange>,
 }
 
@@ -124,7 +128,11 @@ impl Shared {
     /// Looks for an answer, within the deadline of the store.
     pub(super) async fn look(&self, sought: Sought<'_>) -> Looked {
         let at = clock();
-        let none = || Looked { basis: Basis::new(sought.number, None, at), ..Looked::default() };
+        let none = || {
+            let renews = sought.stale.filter(|stale| self.hears_all(stale) || !self.hub.redis.is_up());
+            let renews = renews.map(|stale| stale.basis.clone());
+            Looked { basis: Basis::new(sought.number, None, at), renews, ..Looked::default() }
+        };
         let unanswered = sought.exchange.is_some_and(|exchange| exchange.facts().store_unanswered);
         if unanswered {
             self.of.metrics.in_redis(InRedis::Failed);
@@ -172,7 +180,13 @@ impl Shared {
             record = self.decode(&key, self.hub.redis.get(&self.of.name(&key, &self.hub.redis)).await?).await;
         }
         let basis = Basis::new(number, Some(now.clone()), at);
-        let Some(Record::Answer(mut stored)) = record else { return Ok(Looked { basis, found: None, varies }) };
+        let renews = match sought.stale {
+            Some(stale) => self.renews(stale, names, &now, at).await?,
+            None => None,
+        };
+        let Some(Record::Answer(mut stored)) = record else {
+            return Ok(Looked { basis, found: None, varies, renews });
+        };
         // Another query may have brought it, of which not all counts.
         let now = if stored.names == *names { now } else { Arc::new(self.marks(&stored.names).await?) };
         let own = stored.basis.marks.take().unwrap_or_default();
@@ -183,7 +197,20 @@ impl Shared {
         }
         stored.basis = Basis::new(number, Some(now), at);
         let is_left = standing != Standing::Gone && stored.life.keep_until() > time;
-        Ok(Looked { basis, found: is_left.then_some((key, stored)), varies })
+        Ok(Looked { basis, found: is_left.then_some((key, stored)), varies, renews })
+    }
+
+    /// What an answer that there is rests on, where Redis has these marks `now` for `names`. It keeps what its body was
+    /// asked for under: marks of now are as good only if no purge for good lies in between.
+    async fn renews(&self, stale: &Stored, names: &Names, now: &Arc<Marks>, at: u64) -> Result<Option<Basis>, Failure> {
+        let Some(own) = &stale.basis.marks else {
+            // Redis was not asked before it. What others purge was heard, or nobody knows.
+            return Ok(self.hears_all(stale).then(|| stale.basis.clone()));
+        };
+        let now = if stale.names.as_ref() == names { now.clone() } else { Arc::new(self.marks(&stale.names).await?) };
+        let standing = self.standing(own, &now, &stale.names).await?;
+        let number = stale.basis.number.load(Ordering::Relaxed);
+        Ok((standing != Standing::Gone).then(|| Basis::new(number, Some(now), at)))
     }
 
     async fn decode(&self, key: &Key, value: Option<Vec<u8>>) -> Option<Record> {
@@ -221,6 +248,11 @@ impl Shared {
         all.extend(marks::places(names).iter().map(|place| self.hub.mark(place)));
         let mut found = redis.get_all(&all).await?.into_iter();
         Ok((found.next().flatten(), Marks::of(found)))
+    }
+
+    /// Whether this replica has heard of all purges since an answer was last seen to hold.
+    fn hears_all(&self, stored: &Stored) -> bool {
+        self.hub.hears_since().is_some_and(|since| stored.basis.seen.load(Ordering::Relaxed) >= since)
     }
 
     /// Whether an answer in memory may be used without another look.

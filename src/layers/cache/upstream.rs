@@ -18,6 +18,7 @@ use super::{
     gate::Gate,
     kept::Asking,
     key::Key,
+    purge::Standing,
     question::Question,
     status::CacheStatus,
     stored::{Basis, Stored},
@@ -110,7 +111,7 @@ impl Gate {
             }
             Outcome::Renewed(renewed) => {
                 let fwd_status = Some(http::StatusCode::NOT_MODIFIED);
-                let status = CacheStatus { fwd_status, stored: renewed.is_shared, ..*status };
+                let status = CacheStatus { fwd_status, stored: renewed.is_kept, ..*status };
                 let stored = &renewed.stored;
                 let response = stored.response(&question.head, status, SystemTime::now(), self.pace);
                 response.map_or(Step::Alone, |mut response| {
@@ -187,6 +188,10 @@ impl Gate {
         if *of != key && !question.is_of(stale, *of) || !stale.life.is_stale_if_error(&question.asked, now) {
             return None;
         }
+        // It may have been purged while the upstream was asked.
+        if self.kept.standing(stale) == Standing::Gone {
+            return None;
+        }
         let status = CacheStatus { fwd_status: *fwd_status, detail: Some("stale-if-error"), ..status };
         let response = stale.response(&question.head, status, now, self.pace)?;
         self.spared(question, CacheOutcome::Stale, stale);
@@ -220,6 +225,7 @@ impl Gate {
                 key,
                 asked: question.asked,
                 basis: Basis::default(),
+                rests: Basis::default(),
                 terms: self.terms.clone(),
             };
             fill::ask(inner.clone(), Request::from_parts(head, question.body.clone().into()), job, place).boxed()
