@@ -126,6 +126,8 @@ pub struct Facts {
     pub endpoint: Option<Arc<str>>,
     /// Whether Redis has let the request wait until the deadline: it does not wait once more.
     pub store_unanswered: bool,
+    /// How long the cache has let the request wait for Redis.
+    pub cache_waited: Duration,
     /// The tokens of a language model that were used, where they are counted: input and output.
     pub tokens: Option<(u64, u64)>,
     /// The rule that refused the request, if one did.

@@ -63,6 +63,11 @@ async fn deafen(redis: &Redis) {
     listen(redis, 1).await;
 }
 
+/// Until it may not use what it has without a look any more.
+async fn unsure() {
+    sleep(Duration::from_millis(1100)).await;
+}
+
 async fn marked(redis: &Redis, kind: &str) {
     let mark = format!("{{purges}}:{kind}");
     eventually("the mark to be made", async || redis.keys().await.iter().any(|key| key.contains(&mark))).await;
@@ -441,11 +446,13 @@ async fn a_purge_without_redis_holds_here_and_everywhere_when_redis_is_back() {
     let [a, b] = pair(&backend, &redis, "{}").await;
     let old = kept_by_both(&a, &b, "/").await;
     redis.pause();
-    eventually("redis to be missed", async || {
-        a.get("/fresh").await;
-        a.admin_get("/health/redis").await.json()["status"] != "up"
-    })
-    .await;
+    for proxy in [&a, &b] {
+        eventually("redis to be missed", async || {
+            proxy.get("/fresh").await;
+            proxy.admin_get("/health/redis").await.json()["status"] != "up"
+        })
+        .await;
+    }
     purge(&a, "url=/").await;
     assert_ne!(a.get("/").await.text(), old);
     assert_eq!(b.get("/").await.text(), old, "which nobody has told");
@@ -476,6 +483,57 @@ async fn a_304_does_not_bring_back_what_was_purged_elsewhere() {
         }
         assert!(is_hit(&b.get(path).await), "{what}: what was renewed is fresh");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_purged_elsewhere_is_not_joined_by_who_comes_later() {
+    let (redis, recorder, backend) = (Redis::start().await, counting(HOUR).await, Backend::start().await);
+    let [a, _] = pair_with_a_deaf_one(&recorder, &redis, "{}").await;
+    let b = replica(&backend.url(), &at(&redis).replace("//", "//deaf:x@"), "{}").await;
+    listen(&redis, 2).await;
+    let mut early = b.connect().await;
+    early.send(get("/", "")).await;
+    let (mut old, _) = backend.accept_head().await;
+    old.send("HTTP/1.1 200 OK\r\ncache-control: max-age=600\r\ntransfer-encoding: chunked\r\n\r\n3\r\nold\r\n").await;
+    assert_eq!(early.head().await.status(), 200);
+    deafen(&redis).await;
+    unsure().await;
+    // Nothing was purged: they read along.
+    let mut late = b.connect().await;
+    late.send(get("/", "")).await;
+    assert_eq!(late.head().await.status(), 200);
+    assert_eq!(late.chunk().await.unwrap(), b"old");
+    purge(&a, "url=/").await;
+    marked(&redis, "u").await;
+    unsure().await;
+    let mut later = b.connect().await;
+    later.send(get("/", "")).await;
+    let (mut new, _) = backend.accept_head().await;
+    new.send(ok(HOUR, "new")).await;
+    assert_eq!(later.answer().await.text(), "new");
+    old.send("0\r\n\r\n").await;
+    assert_eq!(late.chunk().await, None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_waits_for_all_of_the_cache_once_and_gets_nothing_that_may_have_been_purged() {
+    let (redis, backend) = (Redis::start().await, counting(HOUR).await);
+    let [a, _] = pair_with_a_deaf_one(&backend, &redis, "{}").await;
+    let road = Slow::before(redis.address()).await;
+    let b = replica(&backend.url(), &format!("url: \"{}\"", road.url().replace("//", "//deaf:x@")), "{}").await;
+    listen(&redis, 2).await;
+    let [one, other] = [kept_by_both(&a, &b, "/one").await, kept_by_both(&a, &b, "/other").await];
+    deafen(&redis).await;
+    purge(&a, "all").await;
+    marked(&redis, "all").await;
+    unsure().await;
+    assert_eq!(in_redis(&b, "failed").await, 0);
+    // Of the second that Redis has: what was dropped is told within it, what there is instead no more.
+    road.set_delay(Duration::from_millis(700));
+    assert_ne!(b.get("/one").await.text(), one);
+    assert_eq!(in_redis(&b, "failed").await, 1);
+    road.set_delay(Duration::from_millis(1500));
+    assert_ne!(b.get("/other").await.text(), other, "whatever the look would have said");
 }
 
 /// What is done to the value of `KEYS[1]`; `KEYS[2]` has another answer.

@@ -12,7 +12,6 @@ use super::{
     fill::{Failure, failed},
     freshness::Verdict,
     gate::{Gate, render},
-    hub,
     kept::Entry,
     key::Key,
     purge::{Standing, Target},
@@ -116,7 +115,7 @@ impl Gate {
         }
         let (key, entry) = self.kept.look(question.primary, None, &question.head.headers);
         if let Some(Entry::Answer(stored)) = &entry
-            && self.terms.shared.as_ref().is_none_or(|shared| shared.is_known(stored))
+            && self.terms.shared.as_ref().is_none_or(|shared| shared.is_known(&stored.basis))
             && let Some(response) = self.stored(inner, &question, key, stored)
         {
             return Asked::Answered(response);
@@ -327,11 +326,10 @@ impl Gate {
     /// it may be given without asking the upstream.
     async fn known(&self, question: &Question, key: Key, entry: Option<Entry>) -> (Option<Entry>, bool) {
         let (Some(Entry::Answer(stored)), Some(shared)) = (&entry, &self.terms.shared) else { return (entry, true) };
-        if shared.is_known(stored) {
+        if shared.is_known(&stored.basis) {
             return (entry, true);
         }
-        let number = self.kept.purges.now();
-        match shared.check(stored, question.head.extensions.get()).await {
+        match shared.check(&stored.basis, &stored.names, question.head.extensions.get()).await {
             Holds::Yes => (entry, true),
             Holds::Unknown => (entry, false),
             Holds::To(Standing::Gone, _) => {
@@ -341,7 +339,7 @@ impl Gate {
             Holds::To(_, marks) => {
                 let mut life = stored.life;
                 life.expire(SystemTime::now());
-                let basis = Basis::new(number, Some(marks), hub::clock());
+                let basis = Basis { marks: Some(marks), ..stored.basis.clone() };
                 let stale = Arc::new(stored.with(&stored.headers, life, basis));
                 self.kept.put(key, stale.clone());
                 (Some(Entry::Answer(stale)), true)

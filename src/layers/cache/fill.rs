@@ -142,6 +142,7 @@ where
         };
         let looked = shared.look(sought).await;
         job.basis = looked.basis;
+        place.basis.get_or_init(|| job.basis.clone());
         match looked.renews {
             Some(rests) => job.rests = rests,
             // Whatever the upstream would say of it, it was dropped, or may have been.

@@ -19,7 +19,7 @@ use super::{
     key::Key,
     purge::{Names, Purges, Standing},
     recording::Budget,
-    stored::Stored,
+    stored::{Basis, Stored},
 };
 
 /// How long it is remembered that an answer cannot be kept: until then nobody waits for it.
@@ -59,6 +59,8 @@ struct Flight {
     names: Arc<Names>,
     /// Known with the head.
     life: Arc<OnceLock<Life>>,
+    /// Known when Redis has been asked.
+    basis: Arc<OnceLock<Basis>>,
 }
 
 impl Flight {
@@ -224,7 +226,7 @@ impl Kept {
             (Some(_), _) => return None,
         }
         let (id, number) = (unique(), self.purges.now());
-        let life = Arc::default();
+        let (life, basis) = (Arc::default(), Arc::default());
         let place = Place {
             kept: self.clone(),
             keys: Mutex::new(vec![key]),
@@ -232,12 +234,26 @@ impl Kept {
             number,
             names: names.clone(),
             life: Arc::clone(&life),
+            basis: Arc::clone(&basis),
         };
         let asking = begin(place).shared();
         if let Some(weak) = asking.downgrade() {
-            flights.insert(key, Flight { asking: weak, id, number, names: names.clone(), life });
+            flights.insert(key, Flight { asking: weak, id, number, names: names.clone(), life, basis });
         }
         Some((asking, true))
+    }
+
+    /// What is on its way under `key`: its id, what it is dropped by, and what it rests on.
+    pub(super) fn on_its_way(&self, key: &Key) -> Option<(u64, Arc<Names>, Arc<OnceLock<Basis>>)> {
+        self.flights.lock().get(key).map(|flight| (flight.id, flight.names.clone(), flight.basis.clone()))
+    }
+
+    /// Lets nobody join it any more.
+    pub(super) fn part(&self, key: &Key, id: u64) {
+        let mut flights = self.flights.lock();
+        if flights.get(key).is_some_and(|flight| flight.id == id) {
+            flights.remove(key);
+        }
     }
 
     /// How many answers there are, and about how many bytes they take.
@@ -281,6 +297,8 @@ pub(super) struct Place {
     pub(super) names: Arc<Names>,
     /// How long the answer may be used: set when its head is there.
     pub(super) life: Arc<OnceLock<Life>>,
+    /// What it rests on: set when Redis has been asked.
+    pub(super) basis: Arc<OnceLock<Basis>>,
 }
 
 impl Place {
@@ -303,6 +321,7 @@ impl Place {
             number: self.number,
             names: self.names.clone(),
             life: self.life.clone(),
+            basis: self.basis.clone(),
         };
         // Another may have begun to ask for the variant: both go on, and who comes joins that one. It may end here.
         let other = flights.get(&variant).and_then(|other| other.asking.upgrade());

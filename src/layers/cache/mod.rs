@@ -17,7 +17,8 @@
 //! - **All replicas** find each other's answers in Redis, where there is one. It is asked once for all who want an answer
 //!   that this replica does not have, before the upstream is, and for no longer than its deadline. What one replica drops is
 //!   dropped by all. A replica that does not hear the others (it looks every second) uses what it has for one more second,
-//!   and then only after a look at what they dropped; without any Redis it goes on alone. What is dropped meanwhile is
+//!   and then only after a look at what they dropped, and no longer lets requests join what they dropped. Where that look
+//!   fails it asks the upstream; without any Redis, once that is known, it goes on alone. What is dropped meanwhile is
 //!   dropped by the others when Redis is back, as long as this process lives; and what Redis itself forgets of it, in a
 //!   failover, or because it makes room (`maxmemory-policy` other than `noeviction`), comes back until it is stale.
 //!   A user of an ACL needs the channels `&PREFIX:*`.

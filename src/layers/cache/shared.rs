@@ -6,19 +6,27 @@
 //!
 //! What is found may have been purged since it was asked for: see [`marks`](super::marks). The same marks say of an answer in
 //! memory whether it still holds, where this replica may have missed a purge: after a time without the others it is held
-//! against them once, and while that lasts once a second. Where Redis is out of order altogether, memory goes on alone.
+//! against them once, and while that lasts once a second; so is one that is on its way, before others join it. Where Redis
+//! is out of order altogether, memory goes on alone. Where it is up and does not answer in time, nobody knows, and the
+//! upstream is asked.
 //!
 //! Answers of different settings are none of each other's business: a hash of what they depend on is part of the key.
 
 use std::{
     fmt,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 use http::{HeaderMap, HeaderName};
 use ring::digest::{SHA256, digest};
-use tokio::{task::spawn_blocking, time::timeout};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, timeout},
+};
 
 use super::{
     config::{self, Config},
@@ -39,7 +47,7 @@ use crate::{
 
 /// How long an answer in memory is used without another look, while this replica does not hear of purges.
 const SHORT: u64 = 1000;
-/// For how long one looks for all.
+/// For how long before that one looks for all.
 const LOOKING: u64 = 250;
 /// The least that is remembered what an answer varies by: as long as one variant lives, others want to be found.
 const VARIES: Duration = Duration::from_secs(3600);
@@ -129,15 +137,10 @@ impl Shared {
     pub(super) async fn look(&self, sought: Sought<'_>) -> Looked {
         let at = clock();
         let none = || {
-            let renews = sought.stale.filter(|stale| self.hears_all(stale) || !self.hub.redis.is_up());
+            let renews = sought.stale.filter(|stale| self.hears_all(&stale.basis) || !self.hub.redis.is_up());
             let renews = renews.map(|stale| stale.basis.clone());
             Looked { basis: Basis::new(sought.number, None, at), renews, ..Looked::default() }
         };
-        let unanswered = sought.exchange.is_some_and(|exchange| exchange.facts().store_unanswered);
-        if unanswered {
-            self.of.metrics.in_redis(InRedis::Failed);
-            return none();
-        }
         let calls = async {
             // What is purged here, and not yet there, must not come back from there.
             self.hub.told(sought.names).await?;
@@ -152,15 +155,24 @@ impl Shared {
         found.unwrap_or_else(|_| none())
     }
 
-    /// All calls together within the deadline of one, and noted where they are not.
+    /// All calls for a request together within the deadline of one, those that it has made before included, and noted
+    /// where they are not.
     async fn within<T>(
         &self,
         exchange: Option<&Exchange>,
         calls: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Failure> {
-        let answer = timeout(self.hub.redis.deadline(), calls).await.unwrap_or(Err(Failure::Timeout));
-        if let (Some(exchange), Some(Failure::Timeout)) = (exchange, answer.as_ref().err()) {
-            exchange.facts().store_unanswered = true;
+        let waited = exchange.map_or(Duration::ZERO, |exchange| exchange.facts().cache_waited);
+        let left = self.hub.redis.deadline().saturating_sub(waited);
+        if left.is_zero() || exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
+            return Err(Failure::Timeout);
+        }
+        let begun = Instant::now();
+        let answer = timeout(left, calls).await.unwrap_or(Err(Failure::Timeout));
+        if let Some(exchange) = exchange {
+            let mut facts = exchange.facts();
+            facts.cache_waited = waited + begun.elapsed();
+            facts.store_unanswered |= answer.as_ref().is_err_and(|failure| *failure == Failure::Timeout);
         }
         answer
     }
@@ -205,7 +217,7 @@ impl Shared {
     async fn renews(&self, stale: &Stored, names: &Names, now: &Arc<Marks>, at: u64) -> Result<Option<Basis>, Failure> {
         let Some(own) = &stale.basis.marks else {
             // Redis was not asked before it. What others purge was heard, or nobody knows.
-            return Ok(self.hears_all(stale).then(|| stale.basis.clone()));
+            return Ok(self.hears_all(&stale.basis).then(|| stale.basis.clone()));
         };
         let now = if stale.names.as_ref() == names { now.clone() } else { Arc::new(self.marks(&stale.names).await?) };
         let standing = self.standing(own, &now, &stale.names).await?;
@@ -251,42 +263,41 @@ impl Shared {
     }
 
     /// Whether this replica has heard of all purges since an answer was last seen to hold.
-    fn hears_all(&self, stored: &Stored) -> bool {
-        self.hub.hears_since().is_some_and(|since| stored.basis.seen.load(Ordering::Relaxed) >= since)
+    fn hears_all(&self, basis: &Basis) -> bool {
+        self.hub.hears_since().is_some_and(|since| basis.seen.load(Ordering::Relaxed) >= since)
     }
 
-    /// Whether an answer in memory may be used without another look.
-    pub(super) fn is_known(&self, stored: &Stored) -> bool {
-        let seen = stored.basis.seen.load(Ordering::Relaxed);
-        let ago = |at: u64| clock().saturating_sub(at);
-        let is_known = match self.hub.hears_since() {
-            Some(since) => seen >= since,
-            None => ago(seen) <= SHORT,
-        };
-        // Where Redis is out of order nobody knows any better; and one looks for all.
-        is_known || !self.hub.redis.is_up() || ago(stored.basis.looked.load(Ordering::Relaxed)) <= LOOKING
+    /// Whether an answer of this replica may be used without another look.
+    pub(super) fn is_known(&self, basis: &Basis) -> bool {
+        let ago = |at: &AtomicU64| clock().saturating_sub(at.load(Ordering::Relaxed));
+        let seen = ago(&basis.seen);
+        // Before the second is over, one looks for all.
+        let is_recent = seen <= SHORT - LOOKING || seen <= SHORT && ago(&basis.looked) <= LOOKING;
+        // Where Redis is out of order nobody knows any better.
+        self.hears_all(basis) || is_recent || !self.hub.redis.is_up()
     }
 
-    /// Holds an answer in memory against what Redis knows of purges.
-    pub(super) async fn check(&self, stored: &Stored, exchange: Option<&Exchange>) -> Holds {
-        let Some(own) = &stored.basis.marks else { return Holds::Unknown };
-        if exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
-            return Holds::Yes;
-        }
+    /// Holds an answer of this replica against what Redis knows of purges.
+    pub(super) async fn check(&self, basis: &Basis, names: &Names, exchange: Option<&Exchange>) -> Holds {
+        let Some(own) = &basis.marks else { return Holds::Unknown };
         let at = clock();
-        stored.basis.looked.store(at, Ordering::Relaxed);
+        basis.looked.store(at, Ordering::Relaxed);
         let calls = async {
-            let now = self.marks(&stored.names).await?;
-            Ok((self.standing(own, &now, &stored.names).await?, now))
+            let now = self.marks(names).await?;
+            Ok((self.standing(own, &now, names).await?, now))
         };
         match self.within(exchange, calls).await {
             Ok((Standing::Valid, _)) => {
-                stored.basis.seen.fetch_max(at, Ordering::Relaxed);
+                basis.seen.fetch_max(at, Ordering::Relaxed);
                 Holds::Yes
             }
-            Ok((standing, now)) => Holds::To(standing, Arc::new(now)),
-            // It was there a moment ago. Nobody is failed for it, and who comes in a quarter of a second tries again.
-            Err(_) => Holds::Yes,
+            Ok((standing, now)) => {
+                basis.seen.fetch_max(at, Ordering::Relaxed);
+                Holds::To(standing, Arc::new(now))
+            }
+            // Without Redis memory goes on alone.
+            Err(Failure::Unavailable) if !self.hub.redis.is_up() => Holds::Yes,
+            Err(_) => Holds::Unknown,
         }
     }
 

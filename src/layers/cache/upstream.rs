@@ -20,6 +20,7 @@ use super::{
     key::Key,
     purge::Standing,
     question::Question,
+    shared::Holds,
     status::CacheStatus,
     stored::{Basis, Stored},
     tags, validate,
@@ -55,6 +56,7 @@ impl Gate {
         S: CloneService + Sync,
     {
         let came = Instant::now();
+        self.part(question, key).await;
         let (asking, first) = match self.join(inner, question, key, stale) {
             Ok(Some(joined)) => joined,
             Ok(None) => return Step::Again(None),
@@ -149,6 +151,17 @@ impl Gate {
                 self.note(&question.head, whose);
                 Step::Done(Err(error))
             }
+        }
+    }
+
+    /// Lets nobody join any more what is on its way, if other replicas have dropped it and this one did not hear them.
+    async fn part(&self, question: &Question, key: Key) {
+        let Some(shared) = &self.terms.shared else { return };
+        let Some((id, names, basis)) = self.kept.on_its_way(&key) else { return };
+        // Who is still looking in Redis finds what is there now.
+        let Some(basis) = basis.get().filter(|basis| !shared.is_known(basis)) else { return };
+        if !matches!(shared.check(basis, &names, question.head.extensions.get()).await, Holds::Yes) {
+            self.kept.part(&key, id);
         }
     }
 
