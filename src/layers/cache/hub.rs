@@ -9,7 +9,7 @@
 //! before, something may have been purged.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{BTreeMap, HashMap},
     fmt,
     sync::{
         Arc, OnceLock, Weak,
@@ -41,8 +41,10 @@ static PURGE: Script = Script::new("cache_purge", include_str!("purge.lua"));
 
 /// The version of what replicas tell each other. Who hears another knows that something was purged, and not what.
 const VERSION: u64 = 1;
-/// Purges that wait for Redis. Where there are more, everything is purged there.
-const UNSENT: usize = 1 << 14;
+/// The memory of purges that wait for Redis, in bytes. Where there are more, everything is purged there.
+const UNSENT: usize = 2 << 20;
+/// What one takes beside its name.
+const OVERHEAD: usize = 128;
 /// Purges in one step.
 const BATCH: usize = 256;
 /// Until the next try, where Redis does not take them.
@@ -84,8 +86,9 @@ impl Purger {
         // Who looks in Redis asks under this lock what is still to be sent: nobody knows of the purge and not of that.
         let mut unsent: Vec<_> = hubs.iter().map(|hub| hub.unsent.lock()).collect();
         let number = self.here(target, soft);
+        let what = Arc::new(What { target: target.clone(), soft });
         for unsent in &mut unsent {
-            unsent.push(Unsent { number, target: target.clone(), soft, told: false });
+            unsent.push(Unsent { number, what: what.clone(), told: false });
         }
         drop(unsent);
         for hub in &hubs {
@@ -159,39 +162,86 @@ type Globs = (Box<[u8]>, Arc<[Vec<u8>]>);
 #[derive(Clone)]
 struct Unsent {
     number: u64,
-    target: Target,
-    soft: bool,
+    what: Arc<What>,
     /// The others know of it, and that it is still to be marked.
     told: bool,
 }
 
+/// What is purged, and how.
+#[derive(PartialEq, Eq, Hash)]
+struct What {
+    target: Target,
+    soft: bool,
+}
+
+impl What {
+    fn weight(&self) -> usize {
+        OVERHEAD
+            + match &self.target {
+                Target::Url(name) | Target::Tag(name) => name.len(),
+                Target::Glob(glob) => glob.to_string().len(),
+                Target::All => 0,
+            }
+    }
+}
+
+/// Purges that wait, by their numbers: each of its own kind, as one mark is as good as two.
 #[derive(Default)]
 struct Queue {
-    purges: VecDeque<Unsent>,
+    purges: BTreeMap<u64, (Arc<What>, bool)>,
+    numbers: HashMap<Arc<What>, u64>,
+    /// All names together.
+    weight: usize,
     /// The first of those that were too many.
     first: Option<u64>,
 }
 
 impl Queue {
-    fn push(&mut self, purge: Unsent) {
-        if self.purges.len() >= UNSENT {
-            self.first = self.first.or(self.purges.front().map(|first| first.number));
-            self.purges.clear();
-            self.purges.push_back(Unsent { target: Target::All, soft: false, told: false, ..purge });
-        } else {
-            self.purges.push_back(purge);
+    fn push(&mut self, Unsent { number, what, mut told }: Unsent) {
+        if let Some((_, was_told)) = self.numbers.get(&what).copied().and_then(|same| self.take(same)) {
+            told &= was_told;
         }
+        self.put(number, what, told);
+        if self.weight > UNSENT {
+            self.first = self.first.or(self.purges.keys().next().copied());
+            (self.purges, self.numbers, self.weight) = Default::default();
+            self.put(number, Arc::new(What { target: Target::All, soft: false }), false);
+        }
+    }
+
+    fn put(&mut self, number: u64, what: Arc<What>, told: bool) {
+        self.weight += what.weight();
+        self.numbers.insert(what.clone(), number);
+        self.purges.insert(number, (what, told));
+    }
+
+    fn take(&mut self, number: u64) -> Option<(Arc<What>, bool)> {
+        let (what, told) = self.purges.remove(&number)?;
+        self.weight -= what.weight();
+        self.numbers.remove(&what);
+        Some((what, told))
+    }
+
+    /// The first of them.
+    fn batch(&self) -> Vec<Unsent> {
+        let all = self.purges.iter().take(BATCH);
+        all.map(|(&number, (what, told))| Unsent { number, what: what.clone(), told: *told }).collect()
+    }
+
+    /// The others know of these, up to this one.
+    fn told(&mut self, last: u64) {
+        self.purges.range_mut(..=last).for_each(|(_, (_, told))| *told = true);
     }
 
     /// The last purge before those.
     fn before(&self) -> Option<u64> {
-        self.first.or(self.purges.front().map(|first| first.number)).map(|first| first - 1)
+        self.first.or(self.purges.keys().next().copied()).map(|first| first - 1)
     }
 
     /// Those up to this one were sent.
     fn sent(&mut self, last: u64) {
-        while self.purges.front().is_some_and(|first| first.number <= last) {
-            self.purges.pop_front();
+        while let Some((&first, _)) = self.purges.first_key_value().filter(|(first, _)| **first <= last) {
+            self.take(first);
         }
         if self.purges.is_empty() {
             self.first = None;
@@ -306,14 +356,12 @@ impl Hub {
     }
 
     async fn try_send(&self) -> Result<bool, Failure> {
-        let all: Vec<_> = self.unsent.lock().purges.iter().take(BATCH).cloned().collect();
-        let Some(last) = all.last().map(|last| last.number) else { return Ok(false) };
-        let mut seen = HashSet::new();
-        let purges: Vec<_> = all.iter().filter(|purge| seen.insert((&purge.target, purge.soft))).collect();
+        let purges = self.unsent.lock().batch();
+        let Some(last) = purges.last().map(|last| last.number) else { return Ok(false) };
 
         let mut keys = vec![self.mark(marks::OF_GLOBS), self.mark("patterns")];
         let (mut globs, mut numbers) = (Vec::new(), Vec::new());
-        for Unsent { target, soft, .. } in &purges {
+        for What { target, soft } in purges.iter().map(|purge| &*purge.what) {
             let number = unique();
             if let Target::Glob(glob) = target {
                 globs.extend([format!("{number:x}"), marks::line(number, glob, *soft)]);
@@ -346,8 +394,7 @@ impl Hub {
                 if !untold.is_empty() {
                     let message = self.message(&untold, true);
                     self.redis.publish(&channel(&self.redis), message.as_bytes()).await?;
-                    let mut unsent = self.unsent.lock();
-                    unsent.purges.iter_mut().filter(|purge| purge.number <= last).for_each(|purge| purge.told = true);
+                    self.unsent.lock().told(last);
                 }
                 Err(Failure::Full)
             }
@@ -355,15 +402,15 @@ impl Hub {
         }
     }
 
-    fn message(&self, purges: &[&Unsent], unmarked: bool) -> String {
+    fn message(&self, purges: &[Unsent], unmarked: bool) -> String {
         let all = purges.iter().map(|purge| {
-            let (what, name) = match &purge.target {
+            let (kind, name) = match &purge.what.target {
                 Target::Url(url) => ("url", url.to_string()),
                 Target::Tag(tag) => ("tag", tag.to_string()),
                 Target::Glob(glob) => ("glob", glob.to_string()),
                 Target::All => ("all", String::new()),
             };
-            json!([what, name, purge.soft])
+            json!([kind, name, purge.what.soft])
         });
         json!({ "version": VERSION, "from": self.id, "unmarked": unmarked, "purges": all.collect::<Vec<_>>() })
             .to_string()
@@ -397,7 +444,8 @@ impl Hub {
             if message["unmarked"] == true {
                 let mut unsent = self.unsent.lock();
                 let number = of.here(target, *soft);
-                unsent.push(Unsent { number, target: target.clone(), soft: *soft, told: true });
+                let what = Arc::new(What { target: target.clone(), soft: *soft });
+                unsent.push(Unsent { number, what, told: true });
             } else {
                 of.here(target, *soft);
             }
@@ -445,7 +493,11 @@ mod tests {
     use super::*;
 
     fn purge(number: u64) -> Unsent {
-        Unsent { number, target: Target::Tag(number.to_string().into()), soft: true, told: true }
+        named(number, &number.to_string())
+    }
+
+    fn named(number: u64, tag: &str) -> Unsent {
+        Unsent { number, what: Arc::new(What { target: Target::Tag(tag.into()), soft: true }), told: true }
     }
 
     #[test]
@@ -465,18 +517,42 @@ mod tests {
     #[test]
     fn too_many_purges_purge_everything_and_hold_until_that_is_sent() {
         let mut queue = Queue::default();
-        for number in 1..=UNSENT as u64 {
-            queue.push(purge(number));
+        // As long as what a client may ask for.
+        let long = "x".repeat(15_000);
+        let mut sending = 0;
+        while queue.purges.len() as u64 == sending {
+            sending += 1;
+            assert!(queue.weight <= UNSENT);
+            queue.push(named(sending, &format!("{sending}{long}")));
         }
-        let sending = queue.purges.back().unwrap().number;
-        queue.push(purge(sending + 1));
-        assert_eq!(queue.purges.len(), 1);
-        let all = queue.purges.front().unwrap();
-        assert!((&all.target, all.soft, all.told) == (&Target::All, false, false));
+        assert!(sending < 200, "{sending}");
+        let (number, (all, told)) = queue.purges.first_key_value().unwrap();
+        assert!((*number, &all.target, all.soft, *told) == (sending, &Target::All, false, false));
+        sending -= 1;
         queue.sent(sending);
         assert_eq!(queue.before(), Some(0), "those that were too many are not sent before it is");
         queue.push(purge(sending + 2));
         queue.sent(sending + 2);
-        assert_eq!(queue.before(), None);
+        assert_eq!((queue.before(), queue.weight, queue.numbers.len()), (None, 0, 0));
+    }
+
+    #[test]
+    fn what_waits_already_waits_once_and_is_sent_after_the_last_time_that_it_was_purged() {
+        let mut queue = Queue::default();
+        for number in 1..1000 {
+            queue.push(named(number, if number % 2 == 0 { "even" } else { "odd" }));
+        }
+        assert_eq!((queue.purges.len(), queue.before()), (2, Some(997)));
+        queue.push(Unsent { told: false, ..named(1000, "odd") });
+        queue.push(named(1001, "odd"));
+        let batch = queue.batch();
+        assert_eq!(
+            batch.iter().map(|purge| (purge.number, purge.told)).collect::<Vec<_>>(),
+            [(998, true), (1001, false)]
+        );
+        // Purged once more while it is sent: what was stored in between is older than that.
+        queue.push(named(1002, "odd"));
+        queue.sent(1001);
+        assert_eq!(queue.before(), Some(1001));
     }
 }
