@@ -272,18 +272,6 @@ impl Redis {
         self.send("get", &command).await
     }
 
-    /// What is at each of `keys`, which have the same tag where it is a cluster.
-    ///
-    /// # Errors
-    /// See [`Failure`].
-    pub async fn get_all(&self, keys: &[Key]) -> Result<Vec<Option<Vec<u8>>>, Failure> {
-        let mut command = ::redis::cmd("MGET");
-        for key in keys {
-            command.arg(key.as_str());
-        }
-        self.send("get_all", &command).await
-    }
-
     /// The list at `key`, from its first element; empty where there is none.
     ///
     /// # Errors

@@ -1,7 +1,10 @@
 //! Answers in Redis, which all replicas share: what one has asked for the others have, what one drops they drop, and Redis
 //! may be wrong, slow or gone without anybody getting a wrong answer, an error, or waiting for it.
 
-use std::{collections::HashSet, time::Duration};
+use std::{
+    collections::HashSet,
+    time::{Duration, SystemTime},
+};
 
 use tokio::{
     task::JoinSet,
@@ -21,11 +24,13 @@ use super::{
 /// A proxy with this Redis and this section `cache` of its only route. No test here is about the deadline, which a busy
 /// machine may miss.
 async fn replica(backend: &str, redis: &str, section: &str) -> Proxy {
-    let file =
-        format!("redis: {{ {redis}, timeout: 1s }}\nroutes: [{{ upstream: api, name: all, cache: {section} }}]\n");
-    let proxy = Proxy::before(backend, &file).await;
+    let proxy = Proxy::before(backend, &file(redis, section)).await;
     eventually("redis to be up", async || proxy.admin_get("/health/redis").await.json()["status"] == "up").await;
     proxy
+}
+
+fn file(redis: &str, section: &str) -> String {
+    format!("redis: {{ {redis}, timeout: 1s }}\nroutes: [{{ upstream: api, name: all, cache: {section} }}]\n")
 }
 
 fn at(redis: &Redis) -> String {
@@ -534,6 +539,68 @@ async fn a_request_waits_for_all_of_the_cache_once_and_gets_nothing_that_may_hav
     assert_eq!(in_redis(&b, "failed").await, 1);
     road.set_delay(Duration::from_millis(1500));
     assert_ne!(b.get("/other").await.text(), other, "whatever the look would have said");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clocks_of_the_replicas_do_not_matter() {
+    let (redis, backend) = (
+        Redis::start().await,
+        Recorder::scripted(|_, request| {
+            let seconds = if request.head.target().starts_with("/short") { 1 } else { 600 };
+            ok(&format!("cache-control: max-age={seconds}\r\n"), request.head.target())
+        })
+        .await,
+    );
+    let b = replica(&backend.url(), &at(&redis), "{}").await;
+    let upstreams = format!("upstreams: {{ api: {{ endpoints: ['{}'] }} }}", backend.url());
+    let file = format!("{upstreams}\n{}", file(&at(&redis), "{}"));
+    for clock in ["+1h", "-1h"] {
+        // The monotonic one stays as it is, or timers would run on another clock than the kernel's.
+        let faked = [
+            ("LD_PRELOAD", "/usr/$LIB/faketime/libfaketimeMT.so.1"),
+            ("FAKETIME", clock),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+        ];
+        let a = Proxy::start_with(&file, &faked).await;
+        eventually("redis to be up", async || a.admin_get("/health/redis").await.json()["status"] == "up").await;
+        let [short, long] = [format!("/short{clock}"), format!("/long{clock}")];
+        a.get(&long).await;
+        let made = a.get(&long).await;
+        let date = httpdate::parse_http_date(made.head.get("date").unwrap()).unwrap();
+        let off = SystemTime::now().duration_since(date).unwrap_or_else(|ahead| ahead.duration());
+        assert!(off > Duration::from_secs(3000), "{off:?}: is faketime there? `scripts/setup test` installs it");
+        a.get(&short).await;
+        written(&a, 2).await;
+        sleep(Duration::from_millis(1100)).await;
+        let shared = b.get(&long).await;
+        assert!(is_shared(&shared), "{clock}: {shared:?}");
+        let age: u64 = shared.head.get("age").unwrap().parse().unwrap();
+        assert!((1..60).contains(&age), "{clock}: {age}");
+        assert!(!is_hit(&b.get(&short).await), "{clock}: it is too old");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_purged_and_could_not_be_marked_is_not_given_by_who_missed_it() {
+    let (redis, backend) = (Redis::start().await, counting(HOUR).await);
+    let [a, b] = pair_with_a_deaf_one(&backend, &redis, "{}").await;
+    let [one, other, third] =
+        [kept_by_both(&a, &b, "/1").await, kept_by_both(&a, &b, "/2").await, kept_by_both(&a, &b, "/3").await];
+    deafen(&redis).await;
+    redis.config_set("maxmemory", "1").await;
+    purge(&a, "all").await;
+    unsure().await;
+    assert_ne!(b.get("/1").await.text(), one, "where it hears nothing");
+    redis.command(&["ACL", "SETUSER", "deaf", "allchannels"]).await;
+    listen(&redis, 2).await;
+    dropped(&b, "/2", &other).await;
+    let c = replica(&backend.url(), &at(&redis), "{}").await;
+    assert_ne!(c.get("/3").await.text(), third, "where it was not there yet");
+    redis.config_set("maxmemory", "0").await;
+    marked(&redis, "all").await;
+    for proxy in [&a, &b, &c] {
+        assert_ne!(proxy.get("/3").await.text(), third);
+    }
 }
 
 /// What is done to the value of `KEYS[1]`; `KEYS[2]` has another answer.

@@ -30,17 +30,17 @@ const CHECKSUM: usize = 8;
 /// What a value says.
 #[derive(Debug)]
 pub(super) enum Record {
-    /// An answer, of which nothing is known of purges but its marks.
+    /// An answer, of which nothing is known of purges but its marks, and whose life is by the clock of Redis.
     Answer(Box<Stored>),
     /// There are several, for what these fields of a request say.
     Varies(Vec<HeaderName>),
 }
 
-/// An answer with its marks, under `key`. Its body is compressed where it is longer than `compress_above`, and is smaller
+/// An answer with its marks, under `key`; its `life` is by the clock of Redis. Its body is compressed where it is longer than `compress_above`, and is smaller
 /// then.
-pub(super) fn answer(key: &Key, stored: &Stored, marks: &Marks, compress_above: usize) -> Vec<u8> {
+pub(super) fn answer(key: &Key, stored: &Stored, life: &Life, marks: &Marks, compress_above: usize) -> Vec<u8> {
     let mut to = Writer::new(ANSWER, key, stored.body.len() + 1024);
-    to.0.extend_from_slice(&stored.life.encode());
+    to.0.extend_from_slice(&life.encode());
     to.0.extend_from_slice(&stored.status.as_u16().to_be_bytes());
     to.0.extend_from_slice(&millis(stored.took).to_be_bytes());
     to.fields(&stored.headers);
@@ -250,6 +250,10 @@ mod tests {
         bytes[9] = 7;
         bytes[25] = 9;
         Life::decode(&bytes).unwrap()
+    }
+
+    fn answer(key: &Key, stored: &Stored, marks: &Marks, compress_above: usize) -> Vec<u8> {
+        super::answer(key, stored, &stored.life, marks, compress_above)
     }
 
     fn stored(body: Vec<u8>, cuts: Vec<Cut>) -> Stored {

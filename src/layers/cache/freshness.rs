@@ -30,6 +30,8 @@ const KEEP: (u64, u64) = (HOUR, 24 * HOUR);
 /// The longest time of any kind, in milliseconds: §1.2.2.
 const MOST: u64 = MAX_SECONDS as u64 * 1000;
 const HOUR: u64 = 3_600_000;
+/// How far a clock may go back to be put right, and the parts of a store be apart.
+const SLACK: u64 = 1000;
 
 /// What the operator says about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -452,8 +454,16 @@ impl Life {
         self.lifetime = self.lifetime.min(self.age_millis(now));
     }
 
-    /// What [`Self::encode`] begins with.
-    pub(super) const VERSION: u8 = 1;
+    /// The same by another clock, which shows `there` when the one that it is by shows `here`, in milliseconds since the
+    /// epoch. None where that one was set back: nobody knows any more how old it is.
+    pub(super) fn by(&self, here: u64, there: u64) -> Option<Self> {
+        let ahead = self.received.saturating_sub(here);
+        let received = there.checked_sub(here.saturating_sub(self.received))?;
+        (ahead <= SLACK).then_some(Self { received, ..*self })
+    }
+
+    /// What [`Self::encode`] begins with. 2: `received` is by the clock of the store.
+    pub(super) const VERSION: u8 = 2;
     /// How many bytes [`Self::encode`] makes.
     pub(super) const ENCODED: usize = 42;
 

@@ -3,14 +3,15 @@
 //! A purge holds on this replica at once. Then it is marked in Redis, where [`marks`](super::marks) keep every replica
 //! from what is stored there, and only then the others are told, who drop it from their memory: who asks Redis
 //! after that finds the mark. As long as Redis does not take it, it stays here, and what it is about is not looked for in
-//! Redis; where it has no room for marks, the others are told to do the same.
+//! Redis; where it has no room for marks, the others are told to do the same. Who may have missed that takes no word of
+//! Redis for it that nothing was purged, until there has been room for something.
 //!
 //! A replica that does not hear the others knows that it does not ([`Hub::hears_since`]), and that of what it has from
 //! before, something may have been purged.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fmt,
+    fmt, iter,
     sync::{
         Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -38,6 +39,7 @@ use super::{
 use crate::store::{Failure, Heard, Key, Redis, Script, Subscription};
 
 static PURGE: Script = Script::new("cache_purge", include_str!("purge.lua"));
+static LOOK: Script = Script::new("cache_look", include_str!("look.lua"));
 
 /// The version of what replicas tell each other. Who hears another knows that something was purged, and not what.
 const VERSION: u64 = 1;
@@ -49,6 +51,8 @@ const OVERHEAD: usize = 128;
 const BATCH: usize = 256;
 /// Until the next try, where Redis does not take them.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How long that lives which is written to see whether there is room.
+const ROOM: Duration = Duration::from_secs(60);
 /// Answers that wait to be written. What comes on top is not written.
 const UNWRITTEN: usize = 256;
 /// How many are written at once.
@@ -150,6 +154,10 @@ pub(super) struct Hub {
     is_stuck: AtomicBool,
     /// Since when all others are heard; never, if they are not.
     hears: AtomicU64,
+    /// How far the clock of Redis is ahead of [`clock`]; 0 as long as nobody has asked.
+    ahead: AtomicU64,
+    /// When Redis was last seen to have room, by [`clock`].
+    room: AtomicU64,
     writes: mpsc::Sender<Write>,
     globs: Mutex<Globs>,
     held: Mutex<Option<(Subscription, JoinSet<()>)>>,
@@ -275,6 +283,8 @@ impl Hub {
             sent: Notify::new(),
             is_stuck: AtomicBool::new(false),
             hears: AtomicU64::new(u64::MAX),
+            ahead: AtomicU64::new(0),
+            room: AtomicU64::new(0),
             writes,
             globs: Mutex::new((Box::default(), Arc::default())),
             held: Mutex::default(),
@@ -333,6 +343,31 @@ impl Hub {
     pub(super) fn mark(&self, place: &str) -> Key {
         // One tag for all: one step purges several, and one read has all of an answer.
         self.redis.key("cache", "purges", place)
+    }
+
+    /// What is at these names, on one node, and what time it is there, in milliseconds since the epoch.
+    ///
+    /// # Errors
+    /// Also where Redis is full, and this replica may have missed of what others purged that it could not be marked.
+    pub(super) async fn look(&self, names: &[Key]) -> Result<(u64, Vec<Option<Vec<u8>>>), Failure> {
+        let at = clock();
+        // Where there was room since it hears the others, what was missed before is marked, or will be in a moment, and heard.
+        let has_room = self.hears_since().is_some_and(|since| self.room.load(Ordering::Relaxed) > since);
+        let lives = if has_room { Duration::ZERO } else { ROOM };
+        let keys: Vec<_> = iter::once(self.mark("room")).chain(names.iter().cloned()).collect();
+        let (time, found): (u64, _) = self.redis.run(&LOOK, &keys, lives.as_millis().to_string()).await?;
+        if !has_room {
+            self.room.fetch_max(at, Ordering::Relaxed);
+        }
+        // As if it had been read only now: what is dated by it is older than it is by what the call took, and not younger.
+        self.ahead.store(time.saturating_sub(clock()), Ordering::Relaxed);
+        Ok((time, found))
+    }
+
+    /// What time it is at Redis, as far as is known from the last look.
+    pub(super) fn time(&self) -> Option<u64> {
+        let ahead = Some(self.ahead.load(Ordering::Relaxed)).filter(|ahead| *ahead > 0);
+        ahead.map(|ahead| ahead.saturating_add(clock()))
     }
 
     /// The list of patterns, of which the first is, or was a moment ago, `newest`.

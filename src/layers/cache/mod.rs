@@ -21,6 +21,8 @@
 //!   fails it asks the upstream; without any Redis, once that is known, it goes on alone. What is dropped meanwhile is
 //!   dropped by the others when Redis is back, as long as this process lives; and what Redis itself forgets of it, in a
 //!   failover, or because it makes room (`maxmemory-policy` other than `noeviction`), comes back until it is stale.
+//!   Where Redis is full and what is dropped cannot be noted there, who may have missed it asks the upstream until there is
+//!   room. How old an answer in Redis is, Redis tells by its own clock: those of the replicas need not agree.
 //!   A user of an ACL needs the channels `&PREFIX:*`.
 //! - **What is taken up again.** With `resume`, a client that lost a stream gets the rest of it, if it is the one who asked:
 //!   see `resume`.

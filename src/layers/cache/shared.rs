@@ -10,6 +10,8 @@
 //! is out of order altogether, memory goes on alone. Where it is up and does not answer in time, nobody knows, and the
 //! upstream is asked.
 //!
+//! Replicas need not agree on the time: that of an answer in Redis is by the clock of Redis, which tells it at each look.
+//!
 //! Answers of different settings are none of each other's business: a hash of what they depend on is part of the key.
 
 use std::{
@@ -30,6 +32,7 @@ use tokio::{
 
 use super::{
     config::{self, Config},
+    date::since_epoch,
     encoding::{self, Record},
     hub::{Hub, clock},
     key::Key,
@@ -180,7 +183,8 @@ impl Shared {
     async fn find(&self, sought: Sought<'_>, at: u64) -> Result<Looked, Failure> {
         let Sought { primary, headers, names, number, .. } = sought;
         let mut key = sought.key;
-        let (value, now) = self.value_and_marks(&key, names).await?;
+        let begun = SystemTime::now();
+        let (there, value, now) = self.value_and_marks(&key, names).await?;
         let now = Arc::new(now);
         let mut record = self.decode(&key, value).await;
         let mut varies = None;
@@ -199,16 +203,19 @@ impl Shared {
         let Some(Record::Answer(mut stored)) = record else {
             return Ok(Looked { basis, found: None, varies, renews });
         };
+        let Some(life) = stored.life.by(there, since_epoch(begun)) else {
+            return Ok(Looked { basis, found: None, varies, renews });
+        };
+        stored.life = life;
         // Another query may have brought it, of which not all counts.
-        let now = if stored.names == *names { now } else { Arc::new(self.marks(&stored.names).await?) };
+        let now = if stored.names == *names { now } else { Arc::new(self.marks(&stored.names).await?.1) };
         let own = stored.basis.marks.take().unwrap_or_default();
         let standing = self.standing(&own, &now, &stored.names).await?;
-        let time = SystemTime::now();
         if standing == Standing::Soft {
-            stored.life.expire(time);
+            stored.life.expire(begun);
         }
         stored.basis = Basis::new(number, Some(now), at);
-        let is_left = standing != Standing::Gone && stored.life.keep_until() > time;
+        let is_left = standing != Standing::Gone && stored.life.keep_until() > begun;
         Ok(Looked { basis, found: is_left.then_some((key, stored)), varies, renews })
     }
 
@@ -219,7 +226,7 @@ impl Shared {
             // Redis was not asked before it. What others purge was heard, or nobody knows.
             return Ok(self.hears_all(&stale.basis).then(|| stale.basis.clone()));
         };
-        let now = if stale.names.as_ref() == names { now.clone() } else { Arc::new(self.marks(&stale.names).await?) };
+        let now = if stale.names.as_ref() == names { now.clone() } else { Arc::new(self.marks(&stale.names).await?.1) };
         let standing = self.standing(own, &now, &stale.names).await?;
         let number = stale.basis.number.load(Ordering::Relaxed);
         Ok((standing != Standing::Gone).then(|| Basis::new(number, Some(now), at)))
@@ -244,22 +251,26 @@ impl Shared {
         })
     }
 
-    async fn marks(&self, names: &Names) -> Result<Marks, Failure> {
+    /// The marks of these names, and when that is by the clock of Redis.
+    async fn marks(&self, names: &Names) -> Result<(u64, Marks), Failure> {
         let places: Vec<_> = marks::places(names).iter().map(|place| self.hub.mark(place)).collect();
-        self.hub.redis.get_all(&places).await.map(Marks::of)
+        let (there, found) = self.hub.look(&places).await?;
+        Ok((there, Marks::of(found)))
     }
 
-    /// Both at once. In one call, where it need not be one of two nodes.
-    async fn value_and_marks(&self, key: &Key, names: &Names) -> Result<(Option<Vec<u8>>, Marks), Failure> {
+    /// All at once. In one call, where it need not be one of two nodes: then the clock is that of the one with the marks.
+    async fn value_and_marks(&self, key: &Key, names: &Names) -> Result<(u64, Option<Vec<u8>>, Marks), Failure> {
         let redis = &self.hub.redis;
         let name = self.of.name(key, redis);
         if redis.is_cluster() {
-            return tokio::try_join!(redis.get(&name), self.marks(names));
+            let (value, (there, marks)) = tokio::try_join!(redis.get(&name), self.marks(names))?;
+            return Ok((there, value, marks));
         }
         let mut all = vec![name];
         all.extend(marks::places(names).iter().map(|place| self.hub.mark(place)));
-        let mut found = redis.get_all(&all).await?.into_iter();
-        Ok((found.next().flatten(), Marks::of(found)))
+        let (there, found) = self.hub.look(&all).await?;
+        let mut found = found.into_iter();
+        Ok((there, found.next().flatten(), Marks::of(found)))
     }
 
     /// Whether this replica has heard of all purges since an answer was last seen to hold.
@@ -283,7 +294,7 @@ impl Shared {
         let at = clock();
         basis.looked.store(at, Ordering::Relaxed);
         let calls = async {
-            let now = self.marks(names).await?;
+            let (_, now) = self.marks(names).await?;
             Ok((self.standing(own, &now, names).await?, now))
         };
         match self.within(exchange, calls).await {
@@ -384,11 +395,16 @@ impl Write {
         let old = clock().saturating_sub(stored.basis.seen.load(Ordering::Relaxed));
         let left = left.min(marks::MOST.saturating_sub(Duration::from_millis(old)));
         let number = stored.basis.number.load(Ordering::Relaxed);
-        let gone = hub.upgrade().is_none_or(|hub| hub.purges.standing(number, &stored.names) == Standing::Gone);
+        let Some(hub) = hub.upgrade() else { return };
+        let gone = hub.purges.standing(number, &stored.names) == Standing::Gone;
         let Some(marks) = stored.basis.marks.clone().filter(|_| !left.is_zero() && !gone) else { return };
+        let Some(life) = hub.time().and_then(|there| stored.life.by(since_epoch(SystemTime::now()), there)) else {
+            return;
+        };
+        drop(hub);
         let (within, compress_above) = (of.key(&key), of.compress_above);
         let long = stored.body.len() > LONG;
-        let encode = move || encoding::answer(&within, &stored, &marks, compress_above);
+        let encode = move || encoding::answer(&within, &stored, &life, &marks, compress_above);
         let value = if long { spawn_blocking(encode).await.ok() } else { Some(encode()) };
         let Some(value) = value else { return };
         let written = async {

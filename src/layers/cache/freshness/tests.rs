@@ -583,13 +583,30 @@ fn no_clock_is_too_wrong() {
 }
 
 #[test]
+fn section_4_2_3_the_time_that_an_answer_was_elsewhere_counts() {
+    // Its writer came 10 s ago, by a clock of its own; the store's is an hour ahead of it, the reader's a day behind.
+    let life = case(&[("cache-control", "max-age=60"), ("age", "5")]).life();
+    let (writer, store, reader) = ((NOW + 10) * 1000, (NOW + 3610) * 1000, (NOW - 86_400) * 1000);
+    let in_store = life.by(writer, store).unwrap();
+    let read = in_store.by(store + 20_000, reader).unwrap();
+    let now = UNIX_EPOCH + Duration::from_millis(reader);
+    assert_eq!((read.age(now), read.remaining(now)), (secs(35), 25));
+    assert_eq!(read.keep_until(), now + secs(25));
+    assert_eq!(life.by(writer, writer), Some(life));
+    let first = life.by(NOW * 1000 - 1000, store).unwrap();
+    assert_eq!(first.age(UNIX_EPOCH + Duration::from_millis(store)), secs(5), "a clock that was put right");
+    assert_eq!(life.by(NOW * 1000 - 1001, store), None, "nobody knows how old it is");
+    assert_eq!(life.by(writer, 9999), None);
+}
+
+#[test]
 fn what_was_not_encoded_is_not_decoded() {
     let bytes = case(&[("cache-control", "max-age=60"), ETAG]).life().encode();
     for length in 0..bytes.len() {
         assert_eq!(Life::decode(&bytes[..length]), None);
     }
     assert_eq!(Life::decode(&[&bytes[..], &[0]].concat()), None);
-    for (position, value) in [(0, 0), (0, 2), (1, 4), (1, 255), (2, 1), (10, 1), (18, 1), (26, 1), (34, 128)] {
+    for (position, value) in [(0, 0), (0, 1), (0, 3), (1, 4), (1, 255), (2, 1), (10, 1), (18, 1), (26, 1), (34, 128)] {
         let mut broken = bytes;
         broken[position] = value;
         assert_eq!(Life::decode(&broken), None, "{position}");
