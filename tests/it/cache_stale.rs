@@ -415,6 +415,52 @@ async fn a_stale_answer_does_not_stand_in_for_the_truth() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_error_that_one_client_gets_does_not_take_the_answer_from_the_others() {
+    let odd = |fields: &str| get("/", &format!("cache-control: no-cache\r\nx-odd: 1\r\n{fields}"));
+    for (section, fields, of_error) in [
+        ("{ stale_if_error: 1h, negative_ttl: 10s }", "cache-control: max-age=0\r\n", ""),
+        ("{ stale_if_error: 1h }", "cache-control: max-age=0\r\n", "cache-control: max-age=600\r\n"),
+        ("{ negative_ttl: 1h }", "cache-control: max-age=600\r\n", ""),
+        // What says less of what it depends on hides nothing either, nor does what says more.
+        ("{ negative_ttl: 1h }", "cache-control: max-age=600\r\nvary: accept\r\n", ""),
+        ("{ negative_ttl: 1h }", "cache-control: max-age=600\r\nvary: accept\r\n", "vary: accept, x-odd\r\n"),
+    ] {
+        for status in ["503 Service Unavailable", "500 Internal Server Error", "501 Not Implemented", "429 Slow Down"] {
+            let backend = Recorder::scripted(move |_, request| match request.head.get("x-odd") {
+                Some(_) => answer(status, of_error, "down"),
+                None => ok(fields, "well"),
+            })
+            .await;
+            let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+            assert_eq!(proxy.get("/").await.text(), "well");
+            for accept in ["", "accept: other\r\n"] {
+                let error = proxy.ask(odd(accept)).await;
+                assert_eq!(error.status(), code(status));
+                assert!(!source(&error).contains("stored") || !accept.is_empty(), "{section} {error:?}");
+            }
+            let before = backend.count();
+            if fields.contains("max-age=0") {
+                let stale = proxy.ask(get("/", "x-odd: 1\r\n")).await;
+                assert_eq!(stale.text() == "well", status.starts_with("50") && !status.starts_with("501"), "{status}");
+            } else {
+                assert_eq!(proxy.get("/").await.text(), "well", "{status} {section} {of_error}");
+                assert_eq!(backend.count(), before, "it is there: {status} {section} {of_error}");
+            }
+        }
+        // What is gone is gone, for all.
+        let backend = Recorder::scripted(move |_, request| match request.head.get("x-odd") {
+            Some(_) => answer("404 Not Found", "cache-control: max-age=600\r\n", "gone"),
+            None => ok("cache-control: max-age=600\r\n", "well"),
+        })
+        .await;
+        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+        assert_eq!(proxy.get("/").await.text(), "well");
+        proxy.ask(odd("")).await;
+        assert_eq!(proxy.get("/").await.text(), "gone");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn errors_are_kept_as_long_as_the_operator_says() {
     for (status, section, kept) in [
         ("404 Not Found", "{ negative_ttl: 1h }", true),

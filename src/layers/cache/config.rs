@@ -59,7 +59,8 @@ pub struct Config {
     /// count. Default `off`: as RFC 9111 has it. `POST` needs it, or an answer that says it.
     pub ttl: Toggle<HumanDuration>,
     /// The same for 404, 405, 410, 414 and 501 that do not say it themselves, and, for at most 10s, for 429, 500, 502,
-    /// 503 and 504. Default `off`.
+    /// 503 and 504. No error but 404, 405, 410 and 414 takes the place of an answer that is fresh, or that
+    /// `stale_if_error` would have given. Default `off`.
     pub negative_ttl: Toggle<HumanDuration>,
     /// For how long a stale answer is given while it is asked for anew. Default `off`: as the answer says.
     pub stale_while_revalidate: Toggle<HumanDuration>,

@@ -343,10 +343,17 @@ fn coming(
     let life = life.unwrap_or_else(|_| Life::none(SystemTime::now()));
     // From now on not everybody may join.
     place.life.get_or_init(|| life);
-    let vary = match vary::names(&parts.headers) {
+    let mut vary = match vary::names(&parts.headers) {
         Names::Fields(names) => names,
         Names::Star => Vec::new(),
     };
+    // An error says less of what answers depend on than they do: it is one of them, and not one for all.
+    if !freshness::is_of_target(parts.status)
+        && let Some(names) = place.kept.names(job.primary)
+        && vary.iter().all(|name| names.contains(name))
+    {
+        vary = names.to_vec();
+    }
     let mut key = job.primary;
     if !vary.is_empty() {
         key = job.primary.with_vary(&vary, &job.head.headers);
@@ -360,7 +367,7 @@ fn coming(
     // What another upstream than the route's own has said is no answer for when that is well again.
     let stepped_in = stepped_in(&job.head);
     let latecomers = job.head.extensions.get().cloned().unwrap_or_default();
-    let Job { primary, terms, basis, .. } = job;
+    let Job { primary, terms, basis, stale, .. } = job;
     let (max_body, depends) = (terms.max_body, vary.clone());
     let share = terms.room.as_ref().filter(|_| id.is_some()).map(Room::share);
     // What was paid for by the token is not kept where it was cut short.
@@ -370,6 +377,12 @@ fn coming(
     // Inside of a content coding nobody can see whether a stream has come to its end.
     let is_kept = is_storable && !stepped_in && (!is_stream || terms.record_streams && completion.is_some());
     let kept = place.kept.clone();
+    // One client that has an error made must not take the answer from all others, nor what stands in for it.
+    let holds_out = || {
+        let now = SystemTime::now();
+        stale.is_some_and(|stale| stale.holds_out(now)) || kept.holds_out(primary, key, &vary, now)
+    };
+    let is_kept = is_kept && (freshness::is_of_target(status) || !holds_out());
     if is_kept && !vary.is_empty() {
         kept.put_names(primary, &vary, false);
     }

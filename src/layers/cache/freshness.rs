@@ -159,6 +159,15 @@ impl Class {
     }
 }
 
+/// Whether an answer is about its target, and not only about this one request, or this moment.
+pub(super) fn is_of_target(status: StatusCode) -> bool {
+    match Class::of(status) {
+        Class::Lasting | Class::Other => true,
+        Class::Negative => !status.is_server_error(),
+        Class::Transient | Class::Error | Class::Own => false,
+    }
+}
+
 /// Those with nothing about caching in their definition (RFC 9110 §15) that is not done here.
 fn is_understood(status: StatusCode) -> bool {
     matches!(status.as_u16(), 200..=204 | 300..=303 | 307 | 308 | 400 | 403..=406 | 409..=411 | 414 | 415 | 422 | 429)

@@ -178,6 +178,25 @@ impl Kept {
         is_left
     }
 
+    /// What the answers to a question depend on, where that is known.
+    pub(super) fn names(&self, primary: Key) -> Option<Arc<[HeaderName]>> {
+        match self.entries.get(&primary)? {
+            Entry::Varies(names) => Some(names),
+            Entry::Answer(_) | Entry::Pass => None,
+        }
+    }
+
+    /// Whether an error, which depends on these fields, would take the place of an answer that [holds
+    /// out](Stored::holds_out), or hide those that depend on others.
+    pub(super) fn holds_out(&self, primary: Key, key: Key, vary: &[HeaderName], now: SystemTime) -> bool {
+        let answers = [primary, key].map(|key| self.valid(key, self.entries.get(&key)));
+        answers.iter().any(|entry| match entry {
+            Some(Entry::Answer(stored)) => stored.holds_out(now),
+            Some(Entry::Varies(names)) => **names != *vary,
+            Some(Entry::Pass) | None => false,
+        })
+    }
+
     /// Notes that what is asked for under `primary` varies. Where there is an answer already, that one stays until another
     /// `is_there`.
     pub(super) fn put_names(&self, primary: Key, names: &[HeaderName], is_there: bool) {

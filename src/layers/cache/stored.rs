@@ -21,7 +21,8 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{
     config::OVERHEAD,
-    freshness::Life,
+    directives,
+    freshness::{self, Life},
     marks::Marks,
     purge::Names,
     range::{self, Selected},
@@ -144,6 +145,11 @@ impl Stored {
     /// Notes that no purge up to `number` was about it.
     pub(super) fn survived(&self, number: u64) {
         self.basis.number.fetch_max(number, Ordering::Relaxed);
+    }
+
+    /// Whether no error takes its place: it is none itself, and fresh, or would be given where the upstream fails.
+    pub(super) fn holds_out(&self, now: SystemTime) -> bool {
+        freshness::is_of_target(self.status) && self.life.is_stale_if_error(&directives::Request::default(), now)
     }
 
     /// The answer to a request, with what is said about where it comes from; `None` where only the upstream can answer.
