@@ -4,7 +4,7 @@ use std::{fmt, sync::Arc};
 
 use http::request::Parts;
 use parking_lot::Mutex;
-use tokio::task::JoinSet;
+use tokio::{sync::Semaphore, task::JoinSet};
 use tower::Service;
 
 use super::{
@@ -31,6 +31,9 @@ use crate::{
     telemetry::{Exchange, Metrics, exchange::CacheOutcome, metrics::CacheMetrics},
 };
 
+/// How many answers are read that their clients have already, at once.
+pub(super) const MOST_UNREAD: usize = 16;
+
 /// The cache of a route.
 pub(super) struct Gate {
     pub(super) route: String,
@@ -42,6 +45,8 @@ pub(super) struct Gate {
     pub(super) resume: Option<Resume>,
     pub(super) metrics: CacheMetrics,
     pub(super) tasks: Arc<Mutex<JoinSet<()>>>,
+    /// Places for the reading of answers that their clients have already.
+    pub(super) unread: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Gate {
@@ -98,6 +103,7 @@ impl Gate {
             resume,
             metrics,
             tasks: state.tasks.clone(),
+            unread: Arc::new(Semaphore::new(MOST_UNREAD)),
         }
     }
 

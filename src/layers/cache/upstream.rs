@@ -30,6 +30,9 @@ use crate::{
     telemetry::{Exchange, exchange::CacheOutcome},
 };
 
+/// How long an answer is read that its client has already.
+const UNREAD: Duration = Duration::from_secs(1);
+
 /// How a question goes on.
 pub(super) enum Step {
     /// It is answered.
@@ -89,9 +92,9 @@ impl Gate {
                     return Step::Again(Some(own));
                 }
                 let response = if coming.is_known(&question.head) {
-                    // Nobody may be left to read it. A client that is not there is not waited for without a bound.
-                    if coming.is_short {
-                        self.finish(held);
+                    // Nobody may be left to read it, and all who come have it already.
+                    if coming.is_short && first {
+                        self.finish_soon(held);
                     }
                     Some(coming.not_modified(*status))
                 } else {
@@ -279,20 +282,93 @@ impl Gate {
 
     /// Reads an answer to its end, whoever else does, as long as that may be kept then.
     pub(super) fn finish(&self, asking: Asking) {
+        self.spawn(read(asking));
+    }
+
+    /// The same for an answer whose client has gone, and holds no place of a limit for it any more: not for long, and not
+    /// for many.
+    fn finish_soon(&self, asking: Asking) {
+        let Ok(place) = self.unread.clone().try_acquire_owned() else { return };
+        self.spawn(async move {
+            timeout(UNREAD, read(asking)).await.ok();
+            drop(place);
+        });
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock();
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(async move {
-            let held = asking.clone();
-            if let Outcome::Coming(coming) = asking.await
-                && coming.is_kept
-                && let Some(mut reader) = coming.recording.reader()
-            {
-                while !coming.recording.is_over()
-                    && let Some(Ok(_)) = std::future::poll_fn(|cx| Pin::new(&mut reader).poll_frame(cx)).await
-                {
-                }
-            }
-            drop(held);
-        });
+        tasks.spawn(task);
+    }
+}
+
+/// Reads an answer to its end, if it may be kept then.
+async fn read(asking: Asking) {
+    let held = asking.clone();
+    if let Outcome::Coming(coming) = asking.await
+        && coming.is_kept
+        && let Some(mut reader) = coming.recording.reader()
+    {
+        while !coming.recording.is_over()
+            && let Some(Ok(_)) = std::future::poll_fn(|cx| Pin::new(&mut reader).poll_frame(cx)).await
+        {}
+    }
+    drop(held);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{convert::Infallible, task};
+
+    use bytes::Bytes;
+    use http_body::{Frame, SizeHint};
+    use tower::{ServiceBuilder, ServiceExt, service_fn};
+
+    use super::{
+        super::{CacheLayer, Config, State, gate::MOST_UNREAD},
+        *,
+    };
+    use crate::{message::Body, telemetry::Metrics};
+
+    /// A body of a known length that does not come.
+    struct Silent(Arc<()>);
+
+    impl http_body::Body for Silent {
+        type Data = Bytes;
+        type Error = Infallible;
+
+        fn poll_frame(
+            self: Pin<&mut Self>,
+            _: &mut task::Context<'_>,
+        ) -> task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+            let _ = &self.0;
+            task::Poll::Pending
+        }
+
+        fn size_hint(&self) -> SizeHint {
+            SizeHint::with_exact(1000)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_clients_have_already_is_read_for_few_of_them_and_not_for_long() {
+        let (state, running) = (State::default(), Arc::new(()));
+        let silent = running.clone();
+        let service = ServiceBuilder::new()
+            .layer(CacheLayer::new(&Config::default(), "pages", "api", &state, None, &Metrics::new()))
+            .service(service_fn(move |_: Request| {
+                let body = Body::new(Silent(silent.clone()));
+                let response = http::Response::builder().header("cache-control", "max-age=60").body(body);
+                std::future::ready(Ok::<_, BoxError>(response.unwrap()))
+            }));
+        for n in 0..3 * MOST_UNREAD {
+            let request = http::Request::get(format!("/{n}")).header("if-none-match", "*").body(Body::empty());
+            let response = service.clone().oneshot(request.unwrap()).await.unwrap();
+            assert_eq!(response.status(), http::StatusCode::NOT_MODIFIED);
+        }
+        let running = || Arc::strong_count(&running) - 2;
+        assert_eq!(running(), MOST_UNREAD);
+        tokio::time::sleep(2 * UNREAD).await;
+        assert_eq!(running(), 0);
     }
 }
