@@ -124,6 +124,7 @@ impl Recording {
     pub(super) fn let_go(&self) {
         self.state.lock().let_go();
         self.deserted.notify_one();
+        self.waiting.keeper.wake();
     }
 
     /// Lets go of it if nobody has read it for so long. Whether it is let go.

@@ -141,7 +141,7 @@ impl Drop for Reader {
         state.seats[self.slot] = Seat::Free;
         // It may have been the slowest.
         let has_room = state.is_full() && state.trim();
-        let is_deserted = !state.seats.iter().any(|seat| matches!(seat, Seat::At(_)));
+        let is_deserted = state.is_deserted();
         let has_ended = !matches!(state.source, Source::Coming(_));
         if is_deserted && let Some(held) = state.held.as_mut().filter(|held| held.left.is_none()) {
             let now = Instant::now();

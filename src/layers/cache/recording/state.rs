@@ -146,11 +146,23 @@ impl State {
         self.over |= self.kept > self.limit;
     }
 
+    /// No longer keeps it for those who come again: nothing of it, where nobody reads it.
     pub(super) fn let_go(&mut self) {
         let Some(held) = self.held.take() else { return };
         // What nobody else may have, and nobody stores, need not be kept at all.
         self.over |= held.alone;
+        if self.is_deserted() && !self.frames.is_empty() {
+            self.over = true;
+            self.gone += self.frames.len();
+            self.kept = 0;
+            self.frames = VecDeque::new();
+        }
         self.over |= !self.budget.take(self.kept);
+    }
+
+    /// Whether nobody reads it.
+    pub(super) fn is_deserted(&self) -> bool {
+        !self.seats.iter().any(|seat| matches!(seat, Seat::At(_)))
     }
 
     /// Lets go of what all readers have; of what is kept for others, only where there is no room. Whether there is room for

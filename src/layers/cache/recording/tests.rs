@@ -299,6 +299,31 @@ async fn it_is_let_go_when_nobody_has_read_it_for_so_long() {
 }
 
 #[tokio::test]
+async fn what_is_let_go_when_nobody_reads_it_takes_no_memory_any_more() {
+    for ends in [false, true] {
+        let (mut stage, streams) = held(100, 1 << 20);
+        let mut reader = stage.recording.reader().unwrap();
+        stage.say("data: 1\n\n");
+        read(&mut reader);
+        drop(reader);
+        if ends {
+            stage.hang_up();
+        }
+        let recording = stage.recording.clone();
+        let keeper = tokio::spawn(async move { recording.read_on().await });
+        tokio::task::yield_now().await;
+        assert!(!keeper.is_finished());
+        stage.recording.let_go();
+        tokio::task::yield_now().await;
+        assert!(keeper.is_finished(), "who keeps it is told");
+        let state = stage.recording.state.lock();
+        assert_eq!((state.frames.len(), state.budget.used()), (0, 0));
+        drop((state, streams));
+        assert!(stage.recording.reader().is_none(), "what was there is gone");
+    }
+}
+
+#[tokio::test]
 async fn of_what_grows_too_large_the_last_part_is_kept() {
     let (stage, _streams) = held(40, 1 << 20);
     let mut reader = stage.recording.reader().unwrap();
