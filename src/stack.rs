@@ -104,7 +104,14 @@ impl Stack {
             });
             let cache = upstreams.policies.cache.as_ref().map(|config| {
                 let metrics = registry.metrics();
+                let upstream = settings.upstreams.get(&own.upstream);
+                let limits = [
+                    upstreams.policies.concurrency.as_ref(),
+                    upstream.and_then(|upstream| upstream.concurrency.as_ref()),
+                ];
+                let places = limits.into_iter().flatten().map(|limit| limit.max_in_flight).min();
                 CacheLayer::new(config, &own.name(), &own.upstream, registry.caches(), redis.as_ref(), metrics)
+                    .beside(places)
             });
             let mut met = settings.caches_met(own).peekable();
             let changes = if cache.is_none() && met.peek().is_some() {

@@ -295,7 +295,7 @@ impl Gate {
                 shared.remove(key);
             }
         }
-        Ok(self.resumable(response, question.own))
+        Ok(self.resumable(response, question.own, &question.owner))
     }
 
     /// What is stored, if it may be given.

@@ -16,6 +16,7 @@ use super::{
     freshness::Life,
     kept::Asking,
     key::Key,
+    left::Owner,
     recording::{Reader, Recording},
     resume::{Id, Resume, Stream, Whose},
     status::CacheStatus,
@@ -66,6 +67,7 @@ impl Coming {
     pub(super) fn response(
         &self,
         asking: Asking,
+        owner: &Owner,
         status: CacheStatus,
         resume: Option<&Resume>,
         came: Instant,
@@ -73,7 +75,7 @@ impl Coming {
     ) -> Option<Response> {
         let along = Along { reader: self.recording.reader()?, _asking: asking.clone() };
         let mut response = Response::new(match resume.zip(self.id) {
-            Some((resume, id)) => resume.begin(id, along, || self.stream(asking)),
+            Some((resume, id)) => resume.begin(id, along, || self.stream(asking, owner.clone())),
             None => Body::new(along),
         });
         *response.status_mut() = self.status;
@@ -92,9 +94,10 @@ impl Coming {
     }
 
     /// As it is given to those who take it up again.
-    fn stream(&self, asking: Asking) -> Stream {
+    fn stream(&self, asking: Asking, owner: Owner) -> Stream {
         Stream {
             whose: Whose::All { key: self.key, vary: self.vary.clone() },
+            owner,
             status: self.status,
             version: self.version,
             headers: stored::own(self.shared_headers()),

@@ -109,7 +109,10 @@ pub struct Config {
     /// long the upstream's request goes on, once the client has got an event, and what came of it is kept, on the replica
     /// that has it. When it is gone, or on another replica, a new stream begins, with new ids. Of one that is larger than
     /// `max_body` the last part is kept; all of them take no more than `max_bytes` beside what is kept: then those that
-    /// ended first go first, and what has no room cannot be taken up. Default `off`; at most `1h`.
+    /// ended first go first, and what has no room cannot be taken up. Of those that nobody reads and whose upstream goes on,
+    /// a principal has at most 8, or an address (IPv6: a /64) where there is no principal, and the route 1024, or a quarter
+    /// of the `max_in_flight` of `concurrency`, its own or the upstream's; then those that were left first are let go.
+    /// Default `off`; at most `1h`.
     ///
     /// A stream that says `no-transform` is left as it is, unless `ignore_cache_control` is set.
     pub resume: Toggle<HumanDuration>,

@@ -14,6 +14,7 @@ use super::{
     freshness::Rules,
     kept::Kept,
     key::Key,
+    left::Owner,
     purge::{self, ANY_HOST, Names},
     question::{Question, origin},
     recording::Recording,
@@ -140,11 +141,11 @@ impl Gate {
     {
         let request = Request::from_parts(question.head, question.body.into());
         let response = self.pass(inner, request, status).await?;
-        Ok(self.resumable(response, question.own))
+        Ok(self.resumable(response, question.own, &question.owner))
     }
 
     /// An answer for the one who asked, which can be taken up again if it is a stream.
-    pub(super) fn resumable(&self, response: Response, own: Option<Key>) -> Response {
+    pub(super) fn resumable(&self, response: Response, own: Option<Key>, owner: &Owner) -> Response {
         let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response, &self.terms.rules)) else {
             return response;
         };
@@ -157,6 +158,7 @@ impl Gate {
         let Some(reader) = recording.reader() else { unreachable!("nothing of it is gone") };
         let body = resume.begin(id, reader, || Stream {
             whose: Whose::One(own),
+            owner: owner.clone(),
             status: parts.status,
             version: parts.version,
             headers,

@@ -68,6 +68,7 @@ mod gate;
 mod hub;
 mod kept;
 pub mod key;
+mod left;
 mod marks;
 mod purge;
 mod question;
@@ -87,6 +88,7 @@ mod warmed;
 
 use std::{
     future::ready,
+    num::NonZeroU32,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -131,6 +133,16 @@ impl CacheLayer {
         metrics: &Metrics,
     ) -> Self {
         Self { gate: Arc::new(Gate::new(config, route, upstream, state, redis, metrics)) }
+    }
+
+    /// Lets streams that nobody reads take no more than a quarter of these places, which are those of all that is asked of
+    /// the upstream at once.
+    #[must_use]
+    pub fn beside(self, places: Option<NonZeroU32>) -> Self {
+        if let Some(resume) = &self.gate.resume {
+            resume.streams.beside(places);
+        }
+        self
     }
 
     /// Keeps answers warm that `inner` gives, as long as these futures are polled. `parameters` gives those of a path.

@@ -17,6 +17,7 @@ use super::{
     config::{Config, Method},
     directives::Request as Directives,
     key::{self, Asks, Key, Keys},
+    left::Owner,
     resume::LAST_EVENT_ID,
     status::Forward,
     stored::Stored,
@@ -112,6 +113,8 @@ pub(super) struct Question {
     pub(super) bypass: Option<&'static str>,
     /// The key of what is for the one who asks alone, where that can be taken up again.
     pub(super) own: Option<Key>,
+    /// Who that is.
+    pub(super) owner: Owner,
 }
 
 impl Question {
@@ -178,9 +181,10 @@ impl Question {
             !config.resume.is_off() && head.method != http::Method::HEAD && !head.headers.contains_key(RANGE);
         let own = can_resume.then(|| if keys.shared { Keys { shared: false, ..keys }.key(&asks) } else { primary });
         let asked = if config.client_cache_control { Directives::of(&head.headers) } else { Directives::default() };
+        let owner = if can_resume { Owner::of(&head) } else { Owner::Unknown };
         // The body has come, and is at hand.
         head.headers.remove(EXPECT);
-        Ok(Self { head, body, primary, asked, bypass, own })
+        Ok(Self { head, body, primary, asked, bypass, own, owner })
     }
 }
 

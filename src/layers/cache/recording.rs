@@ -146,6 +146,12 @@ impl Recording {
         !matches!(self.state.lock().source, Source::Coming(_))
     }
 
+    /// Whether more may come that nobody reads.
+    pub(super) fn runs_for_nobody(&self) -> bool {
+        let state = self.state.lock();
+        matches!(state.source, Source::Coming(_)) && state.held.as_ref().is_some_and(|held| held.left.is_some())
+    }
+
     /// Waits until nobody reads it, and says since when; `None` where it is not kept for those who come again.
     pub(super) async fn deserted(&self) -> Option<Instant> {
         loop {

@@ -11,6 +11,7 @@
 use std::{
     collections::{HashMap, hash_map::Entry},
     fmt,
+    num::NonZeroU32,
     pin::Pin,
     sync::{
         Arc, Weak,
@@ -27,7 +28,14 @@ use parking_lot::Mutex;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::{task::JoinSet, time::timeout_at};
 
-use super::{directives, freshness::Rules, kept::Asking, key::Key, recording::Recording};
+use super::{
+    directives,
+    freshness::Rules,
+    kept::Asking,
+    key::Key,
+    left::{Left, Owner},
+    recording::Recording,
+};
 use crate::{
     message::{Body, BoxError, Response},
     sse::{self, Labels, Numbering},
@@ -112,6 +120,7 @@ pub(super) enum Whose {
 /// A stream that can be taken up again.
 pub(super) struct Stream {
     pub(super) whose: Whose,
+    pub(super) owner: Owner,
     pub(super) status: StatusCode,
     pub(super) version: Version,
     pub(super) headers: HeaderMap,
@@ -126,6 +135,7 @@ pub(super) struct Stream {
 /// Those of a route. They outlive a configuration.
 pub(super) struct Streams {
     room: Arc<Room>,
+    left: Left,
     all: Mutex<HashMap<Id, Arc<Stream>>>,
     tasks: Arc<Mutex<JoinSet<()>>>,
 }
@@ -141,13 +151,18 @@ impl Streams {
     pub(super) fn new(tasks: Arc<Mutex<JoinSet<()>>>) -> Arc<Self> {
         Arc::new_cyclic(|streams| {
             let room = Room { used: AtomicU64::new(0), most: AtomicU64::new(0), streams: streams.clone() };
-            Self { room: Arc::new(room), all: Mutex::default(), tasks }
+            Self { room: Arc::new(room), left: Left::default(), all: Mutex::default(), tasks }
         })
     }
 
     /// How much memory they may take, in bytes. Those that there are do so.
     pub(super) fn limit(&self, most: u64) {
         self.room.most.store(most, Ordering::Relaxed);
+    }
+
+    /// How much may be asked of the upstream at once.
+    pub(super) fn beside(&self, places: Option<NonZeroU32>) {
+        self.left.beside(places);
     }
 
     pub(super) fn room(&self) -> &Arc<Room> {
@@ -242,6 +257,11 @@ async fn keep(streams: Weak<Streams>, id: Id, stream: Arc<Stream>, after: Durati
         // Without an id nobody can come again.
         if !stream.is_known.load(Ordering::Relaxed) {
             break;
+        }
+        if let Some(streams) = streams.upgrade().filter(|_| stream.recording.runs_for_nobody()) {
+            for id in streams.left.add(id, &stream.owner, &stream.recording) {
+                streams.remove(id);
+            }
         }
         timeout_at(left + after, stream.recording.read_on()).await.ok();
         if stream.recording.expire(after) {

@@ -18,6 +18,7 @@ use super::{
     gate::Gate,
     kept::Asking,
     key::Key,
+    left::Owner,
     purge::Standing,
     question::Question,
     shared::Holds,
@@ -99,7 +100,7 @@ impl Gate {
                     Some(coming.not_modified(*status))
                 } else {
                     let exchange = question.head.extensions.get();
-                    coming.response(held, *status, self.resume.as_ref(), came, exchange)
+                    coming.response(held, &question.owner, *status, self.resume.as_ref(), came, exchange)
                 };
                 response.map_or(Step::Alone, |response| {
                     self.note(&question.head, whose);
@@ -136,7 +137,7 @@ impl Gate {
                     let fwd_status = Some(response.status());
                     CacheStatus { fwd_status, ..*status }.append(response.headers_mut());
                     self.note(&question.head, whose);
-                    Step::Done(Ok(self.resumable(response, question.own)))
+                    Step::Done(Ok(self.resumable(response, question.own, &question.owner)))
                 })
             }
             Outcome::Failed { first: error, kind, retry_after } => {
@@ -273,7 +274,7 @@ impl Gate {
         }
         head.method = if head.method == http::Method::HEAD { http::Method::GET } else { head.method };
         let (body, primary, asked) = (question.body.clone(), question.primary, Directives::default());
-        let question = Question { head, body, primary, asked, bypass: None, own: None };
+        let question = Question { head, body, primary, asked, bypass: None, own: None, owner: Owner::Unknown };
         if let Ok(Some((asking, true))) = self.join(inner, &question, key, Some(stored)) {
             self.metrics.refreshed.inc();
             self.finish(asking);
@@ -331,7 +332,9 @@ mod tests {
     use crate::{message::Body, telemetry::Metrics};
 
     /// A body of a known length that does not come.
-    struct Silent(Arc<()>);
+    struct Silent {
+        _running: Arc<()>,
+    }
 
     impl http_body::Body for Silent {
         type Data = Bytes;
@@ -341,7 +344,6 @@ mod tests {
             self: Pin<&mut Self>,
             _: &mut task::Context<'_>,
         ) -> task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-            let _ = &self.0;
             task::Poll::Pending
         }
 
@@ -357,7 +359,7 @@ mod tests {
         let service = ServiceBuilder::new()
             .layer(CacheLayer::new(&Config::default(), "pages", "api", &state, None, &Metrics::new()))
             .service(service_fn(move |_: Request| {
-                let body = Body::new(Silent(silent.clone()));
+                let body = Body::new(Silent { _running: silent.clone() });
                 let response = http::Response::builder().header("cache-control", "max-age=60").body(body);
                 std::future::ready(Ok::<_, BoxError>(response.unwrap()))
             }));

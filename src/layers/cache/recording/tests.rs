@@ -316,9 +316,9 @@ async fn what_is_let_go_when_nobody_reads_it_takes_no_memory_any_more() {
         stage.recording.let_go();
         tokio::task::yield_now().await;
         assert!(keeper.is_finished(), "who keeps it is told");
-        let state = stage.recording.state.lock();
-        assert_eq!((state.frames.len(), state.budget.used()), (0, 0));
-        drop((state, streams));
+        let inner = stage.recording.state.lock();
+        assert_eq!((inner.frames.len(), inner.budget.used()), (0, 0));
+        drop((inner, streams));
         assert!(stage.recording.reader().is_none(), "what was there is gone");
     }
 }
