@@ -9,7 +9,8 @@
 //! What has come is kept until the end, up to a limit: then it is handed on whole, to be stored. An answer that grows
 //! beyond the limit, or beyond what all that are on their way may take together, is nobody's to join any more. Those who
 //! read it already go on together, none further ahead of the slowest than the limit, and nothing is stored. Who keeps the
-//! others waiting for [`PATIENCE`](reader::PATIENCE) is cut off: a client that does not read must not stop those who do.
+//! others waiting for [`PATIENCE`](reader::PATIENCE), at once or in sum, is cut off: a client that does not read, or hardly,
+//! must not stop those who do.
 //!
 //! An answer that breaks off breaks off for all who read it, and is never handed on.
 //!
@@ -102,6 +103,7 @@ impl Recording {
                 trailers: None,
                 completion: completion.map(Box::new),
                 seats: Vec::new(),
+                stalled: None,
                 budget,
                 end,
                 held: None,
@@ -252,7 +254,7 @@ impl Recording {
         if let Some(held) = &mut state.held {
             held.left = None;
         }
-        Reader { recording: self.clone(), slot, next, trailed: false, patience: None }
+        Reader { recording: self.clone(), slot, next, trailed: false, patience: None, debt: reader::Debt::none() }
     }
 
     /// Asks the upstream for what nobody has seen. Beside it what others have to be told, once the lock is let go.

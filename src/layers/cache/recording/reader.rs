@@ -17,8 +17,10 @@ use super::{
 };
 use crate::message::{BoxError, Error, Kind};
 
-/// How long one reader may keep the others from reading on.
+/// How long one reader may keep the others from reading on, at once or in sum.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// In so many seconds one of the sum is forgiven: a reader has 5 seconds of others in 30.
+const FORGIVEN: u32 = 6;
 
 /// One who reads the body from its start.
 pub(in super::super) struct Reader {
@@ -28,6 +30,28 @@ pub(in super::super) struct Reader {
     pub(super) trailed: bool,
     /// Runs while slower readers are waited for.
     pub(super) patience: Option<Pin<Box<Sleep>>>,
+    pub(super) debt: Debt,
+}
+
+/// How long others have waited for a reader, less what is forgiven.
+#[derive(Debug)]
+pub(super) struct Debt {
+    owed: Duration,
+    at: Instant,
+}
+
+impl Debt {
+    pub(super) fn none() -> Self {
+        Self { owed: Duration::ZERO, at: Instant::now() }
+    }
+
+    /// They have waited for so long again. Whether it is too long now.
+    fn grow(&mut self, waited: Duration) -> bool {
+        let now = Instant::now();
+        let forgiven = now.duration_since(self.at) / FORGIVEN;
+        (self.owed, self.at) = (self.owed.saturating_sub(forgiven) + waited, now);
+        self.owed > PATIENCE
+    }
 }
 
 impl Reader {
@@ -44,6 +68,9 @@ impl Reader {
             state.seats[self.slot] = Seat::At(self.next);
             let was_full = state.is_full();
             if was_full && state.trim() {
+                if state.stalled.take().is_some_and(|since| self.debt.grow(since.elapsed())) {
+                    state.seats[self.slot] = Seat::Cut;
+                }
                 drop(state);
                 waiting.wake_others(self.slot);
             }
@@ -52,6 +79,7 @@ impl Reader {
         // Before the source is asked: what comes meanwhile wakes all who wait.
         waiting.add(self.slot, cx.waker());
         if !state.trim() {
+            state.stalled.get_or_insert_with(Instant::now);
             return (Found::Full, None);
         }
         let (found, news) = self.recording.more(&mut state);
@@ -141,6 +169,10 @@ impl Drop for Reader {
         state.seats[self.slot] = Seat::Free;
         // It may have been the slowest.
         let has_room = state.is_full() && state.trim();
+        if has_room || self.patience.is_some() {
+            // Nobody is charged for what nobody waits for. Others that still wait count from their next look.
+            state.stalled = None;
+        }
         let is_deserted = state.is_deserted();
         let has_ended = !matches!(state.source, Source::Coming(_));
         if is_deserted && let Some(held) = state.held.as_mut().filter(|held| held.left.is_none()) {

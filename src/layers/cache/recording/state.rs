@@ -38,6 +38,8 @@ pub(super) struct State {
     pub(super) completion: Option<Box<Completion>>,
     /// Where the readers are, by their slots.
     pub(super) seats: Vec<Seat>,
+    /// Since when one of them waits for slower ones.
+    pub(super) stalled: Option<Instant>,
     pub(super) budget: Arc<Budget>,
     pub(super) end: Option<End>,
     /// Where it is kept for those who come again.
@@ -199,6 +201,7 @@ impl State {
         if self.is_full() {
             let slowest = Seat::At(self.gone);
             self.seats.iter_mut().filter(|seat| **seat == slowest).for_each(|seat| *seat = Seat::Cut);
+            self.stalled = None;
         }
     }
 

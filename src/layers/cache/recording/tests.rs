@@ -221,6 +221,39 @@ async fn trailers_are_everybodys() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_keeps_the_others_waiting_again_and_again_is_cut_off() {
+    // How often the upstream has four frames, and how long the slow reader takes for each: two are kept for it.
+    for (every, takes, is_cut) in [(10, 950, true), (1000, 100, false), (1000, 240, true)] {
+        let stage = Stage::new(10);
+        let [mut slow, mut fast] = [stage.recording.reader().unwrap(), stage.recording.reader().unwrap()];
+        let millis = Duration::from_millis;
+        let reading = tokio::spawn(async move {
+            for _ in 0..400 {
+                fast.frame().await.unwrap().unwrap();
+            }
+        });
+        let slowly = tokio::spawn(async move {
+            for _ in 0..400 {
+                let Some(Ok(_)) = slow.frame().await else { return true };
+                tokio::time::sleep(millis(takes)).await;
+            }
+            false
+        });
+        let begun = Instant::now();
+        for _ in 0..100 {
+            for _ in 0..4 {
+                stage.say("abcdef");
+            }
+            tokio::time::sleep(millis(every)).await;
+        }
+        reading.await.unwrap();
+        let took = begun.elapsed();
+        assert!(took < millis(100 * every) + 2 * PATIENCE, "the fast one had all after {took:?}");
+        assert_eq!(slowly.await.unwrap(), is_cut, "{every} {takes}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn frames_keep_their_times() {
     let mut stage = Stage::new(100);
     let mut reader = stage.recording.reader().unwrap();
