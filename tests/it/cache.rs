@@ -509,6 +509,30 @@ async fn only_what_says_what_it_must_say_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_purge_is_also_one_of_what_could_not_be_kept() {
+    for (purge, is_one) in [
+        ("url=/a", true),
+        ("tag=t", true),
+        ("glob=/a*", true),
+        ("tag=t&soft=true", true),
+        ("all", true),
+        ("url=/b", false),
+    ] {
+        let backend = Recorder::scripted(|before, _| {
+            ok(if before == 0 { "cache-control: no-store\r\n" } else { "cache-control: max-age=600\r\n" }, "")
+        })
+        .await;
+        let proxy = Proxy::before(&backend.url(), &cached("{ tags: [t] }")).await;
+        proxy.get("/a").await;
+        assert!(source(&proxy.get("/a").await).contains("detail=not-kept"));
+        assert_eq!(proxy.admin_post(&format!("/cache/purge?{purge}")).await.status(), 200);
+        let after = proxy.get("/a").await;
+        assert_eq!(!source(&after).contains("detail=not-kept"), is_one, "{purge} {after:?}");
+        assert_eq!(is_hit(&proxy.get("/a").await), is_one, "{purge}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_too_large_is_passed_on_whole_and_nobody_waits_for_it_again() {
     let body = "x".repeat(300 << 10);
     for framing in ["length", "chunked", "close"] {

@@ -216,7 +216,7 @@ impl Gate {
                     known = Some((key, stored.clone()));
                     Some(stored)
                 }
-                Some(Entry::Pass) => {
+                Some(Entry::Pass { .. }) => {
                     status.detail = Some("not-kept");
                     break;
                 }

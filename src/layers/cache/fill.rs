@@ -221,7 +221,7 @@ where
         }
         Err(why) => {
             if says_it_of_all(&parts, why, &job, received) {
-                place.kept.put_pass(place.key());
+                place.kept.put_pass(place.key(), &place);
             }
             Outcome::Alone(Arc::new(Mutex::new(Some(Response::from_parts(parts, body)))), why)
         }
@@ -389,7 +389,7 @@ fn coming(
     let end = move |whole: Result<Whole, Lost>| {
         let whole = match whole {
             Ok(whole) => whole,
-            Err(Lost::TooLarge) if is_kept => return place.kept.put_pass(key),
+            Err(Lost::TooLarge) if is_kept => return place.kept.put_pass(key, &place),
             Err(Lost::TooLarge | Lost::Broken | Lost::Incomplete) => return,
         };
         if !is_kept || !terms.when.is_empty() && terms.when.pass(&whole.body).is_err() {

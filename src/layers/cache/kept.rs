@@ -37,8 +37,8 @@ pub(super) enum Entry {
     Answer(Arc<Stored>),
     /// There are several, for what these fields of a request say.
     Varies(Arc<[HeaderName]>),
-    /// The answer could not be kept, lately.
-    Pass,
+    /// The answer could not be kept, lately: one of these names, asked for after the purge of this number.
+    Pass { names: Arc<Names>, number: u64 },
 }
 
 /// The answers of a route.
@@ -81,7 +81,7 @@ impl Expiry<Key, Entry> for Until {
             Entry::Answer(stored) => Some(left(stored)),
             // As long as something is found behind it: it moves on with each hit.
             Entry::Varies(_) => None,
-            Entry::Pass => Some(PASS),
+            Entry::Pass { .. } => Some(PASS),
         }
     }
 
@@ -115,7 +115,7 @@ impl Kept {
             .max_capacity(bytes)
             .weigher(move |_: &Key, entry: &Entry| match entry {
                 Entry::Answer(stored) => u32::try_from(stored.weight()).unwrap_or(u32::MAX).max(share),
-                Entry::Varies(_) | Entry::Pass => LEAST,
+                Entry::Varies(_) | Entry::Pass { .. } => LEAST,
             })
             .expire_after(Until)
             .eviction_listener(move |_, _, cause| {
@@ -141,7 +141,15 @@ impl Kept {
 
     /// An answer is valid if it was not purged since.
     fn valid(&self, key: Key, entry: Option<Entry>) -> Option<Entry> {
-        let Some(Entry::Answer(stored)) = &entry else { return entry };
+        let stored = match &entry {
+            Some(Entry::Answer(stored)) => stored,
+            // Who purges it has changed something: perhaps that.
+            Some(Entry::Pass { names, number }) if self.purges.standing(*number, names) != Standing::Valid => {
+                self.entries.invalidate(&key);
+                return None;
+            }
+            _ => return entry,
+        };
         let now = self.purges.now();
         match self.standing(stored) {
             Standing::Valid => {
@@ -182,7 +190,7 @@ impl Kept {
     pub(super) fn names(&self, primary: Key) -> Option<Arc<[HeaderName]>> {
         match self.entries.get(&primary)? {
             Entry::Varies(names) => Some(names),
-            Entry::Answer(_) | Entry::Pass => None,
+            Entry::Answer(_) | Entry::Pass { .. } => None,
         }
     }
 
@@ -193,7 +201,7 @@ impl Kept {
         answers.iter().any(|entry| match entry {
             Some(Entry::Answer(stored)) => stored.holds_out(now),
             Some(Entry::Varies(names)) => **names != *vary,
-            Some(Entry::Pass) | None => false,
+            Some(Entry::Pass { .. }) | None => false,
         })
     }
 
@@ -210,8 +218,8 @@ impl Kept {
     }
 
     /// Notes that the answer cannot be kept.
-    pub(super) fn put_pass(&self, key: Key) {
-        self.entries.insert(key, Entry::Pass);
+    pub(super) fn put_pass(&self, key: Key, place: &Place) {
+        self.entries.insert(key, Entry::Pass { names: place.names.clone(), number: place.number });
     }
 
     /// Forgets what is known under `key`.

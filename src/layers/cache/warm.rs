@@ -122,7 +122,7 @@ where
         let question = self.question()?;
         match self.gate.kept.look(question.primary, None, &question.head.headers).1? {
             Entry::Answer(stored) => Some(stored),
-            Entry::Varies(_) | Entry::Pass => None,
+            Entry::Varies(_) | Entry::Pass { .. } => None,
         }
     }
 
