@@ -180,7 +180,6 @@ async fn a_stream_is_nobody_elses() {
             other_path,
             // Nor are these anybody's.
             prompt(&(mine.to_owned() + &last(&id, 2))),
-            prompt(&(mine.to_owned() + &last(&"0".repeat(32), 1))),
         ] {
             let mut other = asking(&proxy, request).await;
             let mut second = backend.accept().await;
@@ -304,6 +303,47 @@ async fn a_stream_with_ids_of_its_own_is_untouched_and_its_upstreams_to_resume()
         client.leave(false);
         drop(again);
         upstream.ended().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_that_only_look_like_ours_are_the_upstreams() {
+    let backend = Recorder::answering(stream() + &chunk("data: a\nid: 7\n\n") + END).await;
+    let proxy = Proxy::before(&backend.url(), &cached(RESUME)).await;
+    let id = format!("{}.7", "ab".repeat(16));
+    let answer = proxy.ask(prompt(&format!("last-event-id: {id}\r\n"))).await;
+    assert!(source(&answer).contains("detail=last-event-id"), "{answer:?}");
+    assert_eq!(backend.only().head.get("last-event-id"), Some(&*id));
+}
+
+/// RFC 9110 §8.8.1: what has the same strong tag is the same, byte by byte.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_with_ids_has_a_weak_tag_and_no_parts() {
+    let fields = "etag: \"v1\"\r\naccept-ranges: bytes\r\ncache-control: max-age=600\r\nconnection: close\r\n";
+    let body = chunk(&(event(1) + "data: [DONE]\n\n")) + END;
+    for (section, is_stored) in [("{ record_streams: true, resume: 20s }", true), ("{ resume: 20s }", false)] {
+        let backend = Recorder::answering(format!("{STREAM}{fields}\r\n{body}")).await;
+        let proxy = Proxy::before(&backend.url(), &cached(section)).await;
+        let first = proxy.get("/").await;
+        let id = first.text().strip_prefix("data: 1\nid: ").and_then(|text| text.split_once('.')).unwrap().0.to_owned();
+        let weak = |answer: &Message| {
+            assert_eq!((answer.head.get("etag"), answer.head.get("accept-ranges")), (Some("W/\"v1\""), None));
+        };
+        weak(&first);
+        weak(&proxy.ask(get("/", &last(&id, 1))).await);
+        if !is_stored {
+            continue;
+        }
+        for fields in ["", "range: bytes=0-5\r\n", "range: bytes=0-5\r\nif-range: \"v1\"\r\n"] {
+            let hit = proxy.ask(get("/", fields)).await;
+            weak(&hit);
+            assert_eq!((hit.status(), hit.text()), (200, first.text()), "{fields}");
+        }
+        for tag in ["\"v1\"", "W/\"v1\""] {
+            let known = proxy.ask(get("/", &format!("if-none-match: {tag}\r\n"))).await;
+            assert_eq!((known.status(), known.head.get("etag")), (304, Some("W/\"v1\"")));
+        }
+        assert_eq!(backend.count(), 1);
     }
 }
 

@@ -359,9 +359,12 @@ fn coming(
         key = job.primary.with_vary(&vary, &job.head.headers);
     }
     place.also(key);
-    let response::Parts { status, headers, version, extensions, .. } = parts;
+    let response::Parts { status, mut headers, version, extensions, .. } = parts;
     let is_stream = is_stream(&headers);
     let stored = (status, validate::storable_headers(&headers, life.received()));
+    if id.is_some() {
+        resume::weaken(&mut headers);
+    }
     let took = begun.elapsed();
     let is_post = job.head.method == Method::POST;
     // What another upstream than the route's own has said is no answer for when that is well again.

@@ -150,7 +150,8 @@ impl Gate {
             return response;
         };
         let Some(id) = Id::new() else { return response };
-        let (parts, body) = response.into_parts();
+        let (mut parts, body) = response.into_parts();
+        resume::weaken(&mut parts.headers);
         let mut headers = stored::own(parts.headers.clone());
         CacheStatus::remove(&mut headers);
         let recording = Recording::new(body, self.terms.max_body, self.kept.budget.clone(), None, |_| {});

@@ -17,15 +17,21 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{self, Poll, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
-use http::{Extensions, HeaderMap, HeaderName, StatusCode, Version};
+use http::{
+    Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, Version,
+    header::{ACCEPT_RANGES, ETAG},
+};
 use http_body::{Body as HttpBody, Frame};
 use parking_lot::Mutex;
-use ring::rand::{SecureRandom, SystemRandom};
+use ring::{
+    digest::{Context, SHA256},
+    rand::{SecureRandom, SystemRandom},
+};
 use tokio::{task::JoinSet, time::timeout_at};
 
 use super::{
@@ -49,21 +55,42 @@ const OVERHEAD: u64 = 2048;
 /// What a frame takes beside its bytes.
 const FRAME: u64 = 64;
 
-/// The name of a recording, which nobody can guess: 128 random bits.
+/// The name of a recording, which nobody can guess: 96 random bits, and a check of 32 by which it is known as one of ours,
+/// on all replicas: an upstream may have ids that look like it.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Id([u8; 16]);
 
 impl Id {
     /// A new one; `None` where the system has no random numbers.
     pub(super) fn new() -> Option<Self> {
+        let mut random = [0; RANDOM];
+        SystemRandom::new().fill(&mut random).ok()?;
         let mut id = [0; 16];
-        SystemRandom::new().fill(&mut id).ok()?;
+        id[..RANDOM].copy_from_slice(&random);
+        id[RANDOM..].copy_from_slice(&check(&random));
         Some(Self(id))
+    }
+
+    /// Whether it is one of ours.
+    fn is_ours(self) -> bool {
+        let (random, checked) = self.0.split_at(RANDOM);
+        check(random) == checked
     }
 
     fn hex(self) -> String {
         format!("{:032x}", u128::from_be_bytes(self.0))
     }
+}
+
+/// How many bytes of an id are random.
+const RANDOM: usize = 12;
+
+fn check(random: &[u8]) -> [u8; 4] {
+    let mut hash = Context::new(&SHA256);
+    hash.update(b"sidegate stream");
+    hash.update(random);
+    let hash = hash.finish();
+    std::array::from_fn(|n| hash.as_ref()[n])
 }
 
 /// Not what it is: who knows it may have the stream.
@@ -87,10 +114,11 @@ impl Last {
         let (value, None) = (values.next()?, values.next()) else { return None };
         let (id, event) = value.to_str().ok()?.split_once('.')?;
         let is = |text: &str, digits: &[u8]| text.bytes().all(|byte| digits.contains(&byte));
-        let is_ours =
+        let is_one =
             id.len() == 32 && is(id, b"0123456789abcdef") && is(event, b"0123456789") && !event.starts_with('0');
-        let id = u128::from_str_radix(id, 16).ok().filter(|_| is_ours)?;
-        Some(Self { id: Id(id.to_be_bytes()), event: event.parse().ok()? })
+        let id = u128::from_str_radix(id, 16).ok().filter(|_| is_one)?;
+        let id = Some(Id(id.to_be_bytes())).filter(|id| id.is_ours())?;
+        Some(Self { id, event: event.parse().ok()? })
     }
 }
 
@@ -99,6 +127,16 @@ impl Last {
 pub(super) fn fits<B: HttpBody>(response: &http::Response<B>, rules: &Rules) -> bool {
     let is_open = || rules.ignore_cache_control || !directives::Response::of(response.headers()).no_transform;
     response.status() == StatusCode::OK && sse::has_room(response) && is_open()
+}
+
+/// Leaves nothing in the fields of a stream with ids that holds only without them: of two with the same tag each has ids
+/// of its own, so that the tag is a weak one (RFC 9110 §8.8.1), and no part of the one fits the other (§14.3).
+pub(super) fn weaken(headers: &mut HeaderMap) {
+    headers.remove(ACCEPT_RANGES);
+    let strong = headers.get(ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"));
+    if let Some(weak) = strong.and_then(|tag| HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat()).ok()) {
+        headers.insert(ETAG, weak);
+    }
 }
 
 /// For how long the streams of a route can be taken up again, and where they are.
@@ -363,7 +401,7 @@ impl<B: HttpBody<Data = Bytes, Error = BoxError> + Unpin> HttpBody for Numbered<
     type Data = Bytes;
     type Error = BoxError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
         loop {
             let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {

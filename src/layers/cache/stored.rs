@@ -182,6 +182,9 @@ impl Stored {
                 headers
             }
         };
+        if self.id.is_some() {
+            resume::weaken(&mut headers);
+        }
         headers.insert(AGE, HeaderValue::from(self.life.age(now).as_secs()));
         CacheStatus { ttl: Some(self.life.remaining(now)), ..status }.append(&mut headers);
         *response.headers_mut() = headers;
@@ -199,6 +202,7 @@ impl Stored {
         let mut response = Response::new(body);
         *response.status_mut() = self.status;
         response.headers_mut().clone_from(&self.headers);
+        resume::weaken(response.headers_mut());
         response.headers_mut().insert(AGE, HeaderValue::from(self.life.age(now).as_secs()));
         status.append(response.headers_mut());
         Some(response)
@@ -214,7 +218,7 @@ impl Stored {
     }
 
     fn content(self: &Arc<Self>, head: &Parts, headers: &mut HeaderMap, response: &mut Response, pace: Pace) {
-        let selected = if self.status == StatusCode::OK && head.method == Method::GET {
+        let selected = if self.status == StatusCode::OK && head.method == Method::GET && self.id.is_none() {
             range::select(&head.headers, &self.headers, self.body.len() as u64)
         } else {
             Selected::Full
