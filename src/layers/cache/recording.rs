@@ -52,6 +52,9 @@ use crate::{
 /// So many frames are read for nobody before others have their turn.
 const IN_ONE_GO: usize = 64;
 
+/// Who looks for an event in what is kept leaves a mark behind about so many bytes.
+const BETWEEN_MARKS: usize = 64 << 10;
+
 /// The body of an answer that is being recorded. When the last of those who share it is dropped, so is the upstream's
 /// body, which cancels the request.
 pub(super) struct Recording {
@@ -118,7 +121,7 @@ impl Recording {
     /// Keeps it for those who come again, from now, when nothing has come yet. It takes its memory from `share`. What is
     /// for one `alone` is kept for nothing else.
     pub(super) fn hold(&self, share: Share, alone: bool) {
-        let held = Held { from: Numbering::new(), share, alone, left: None, over: None };
+        let held = Held { from: Numbering::new(), marks: VecDeque::new(), share, alone, left: None, over: None };
         self.state.lock().held = Some(Box::new(held));
     }
 
@@ -220,19 +223,33 @@ impl Recording {
     /// ended before that frame. `None` where that is gone or has not come, and where the stream broke off then: who asks
     /// again has to be answered by somebody else.
     pub(super) fn reader_after(self: &Arc<Self>, after: u64) -> Option<(Reader, Numbering)> {
-        let mut state = self.state.lock();
-        let mut from = state.held.as_ref()?.from.clone();
+        let mut guard = self.state.lock();
+        let state = &mut *guard;
+        let held = state.held.as_mut()?;
+        let mut from = held.from.clone();
         if from.count() > after || from.count() == after && !from.is_between() {
             return None;
         }
         let mut index = 0;
+        // From where one got to who came before: what there is is looked through once, whoever comes how often.
+        let known = held.marks.partition_point(|(_, mark)| mark.count() < after);
+        if let Some((frame, mark)) = known.checked_sub(1).and_then(|known| held.marks.get(known)) {
+            (index, from) = (frame - state.gone, mark.clone());
+        }
+        let mut passed = 0;
         while from.count() < after {
+            let data = &state.frames.get(index)?.data;
             let mut numbering = from.clone();
-            numbering.pass(&state.frames.get(index)?.data);
+            numbering.pass(data);
             if numbering.count() >= after {
                 break;
             }
-            (from, index) = (numbering, index + 1);
+            (from, index, passed) = (numbering, index + 1, passed + data.len());
+            let frame = state.gone + index;
+            if passed >= BETWEEN_MARKS && held.marks.back().is_none_or(|(last, _)| *last < frame) {
+                held.marks.push_back((frame, from.clone()));
+                passed = 0;
+            }
         }
         if matches!(state.source, Source::Failed { .. }) {
             let mut all = from.clone();
@@ -242,7 +259,7 @@ impl Recording {
             }
         }
         let next = state.gone + index;
-        Some((self.read_from(&mut state, next), from))
+        Some((self.read_from(state, next), from))
     }
 
     fn read_from(self: &Arc<Self>, state: &mut State, next: usize) -> Reader {

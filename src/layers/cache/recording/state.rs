@@ -50,6 +50,8 @@ pub(super) struct State {
 pub(super) struct Held {
     /// Where the frames that are kept begin.
     pub(super) from: Numbering,
+    /// What was counted before some of the others, by their numbers.
+    pub(super) marks: VecDeque<(usize, Numbering)>,
     /// Its part of the memory that there is for this.
     pub(super) share: Share,
     pub(super) alone: bool,
@@ -189,6 +191,9 @@ impl State {
                 Some(held) => {
                     held.share.shrink(data.len());
                     held.from.pass(&data);
+                    while held.marks.front().is_some_and(|(frame, _)| *frame < self.gone) {
+                        held.marks.pop_front();
+                    }
                 }
                 None => self.budget.give_back(data.len()),
             }

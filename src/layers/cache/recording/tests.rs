@@ -374,6 +374,41 @@ async fn of_what_grows_too_large_the_last_part_is_kept() {
 }
 
 #[tokio::test]
+async fn what_is_kept_is_looked_through_once_for_all_who_come() {
+    let (stage, _streams) = held(1 << 20, 1 << 30);
+    let mut reader = stage.recording.reader().unwrap();
+    let text = |n: usize| format!("data: {n} {}\n\n", "x".repeat(10_000));
+    for n in 1..=100 {
+        stage.send.send(Ok(Frame::data(text(n).into()))).unwrap();
+    }
+    let marks = || {
+        let inner = stage.recording.state.lock();
+        let held = inner.held.as_ref().unwrap();
+        held.marks.iter().map(|(frame, numbering)| (*frame, numbering.count())).collect::<Vec<_>>()
+    };
+    let rest = |from: usize| {
+        (from..=100).map(|n| text(n).trim_end().to_owned() + &format!("\nid: r.{n}\n\n")).collect::<String>()
+    };
+    read(&mut reader);
+    for after in [99, 50, 6, 7, 8, 1, 100, 99] {
+        assert!(self::after(&stage, after as u64).unwrap() == rest(after + 1), "{after}");
+    }
+    let found = marks();
+    assert_eq!(found.len(), 14, "one for 64 KiB each, whoever came how often");
+    assert!(found.iter().all(|&(frame, count)| frame as u64 == count));
+    // What is gone is not looked for.
+    tokio::task::yield_now().await;
+    for n in 101..=120 {
+        stage.send.send(Ok(Frame::data(text(n).into()))).unwrap();
+    }
+    read(&mut reader);
+    let gone = stage.recording.state.lock().gone;
+    assert!(gone > 0 && marks().iter().all(|(frame, _)| *frame >= gone));
+    let last = after(&stage, 119).unwrap();
+    assert!(last.ends_with("id: r.120\n\n") && last.len() < 11_000);
+}
+
+#[tokio::test]
 async fn where_there_is_no_room_it_is_not_kept() {
     let (stage, streams) = held(1000, 3000);
     let mut reader = stage.recording.reader().unwrap();
