@@ -11,7 +11,8 @@ use crate::{
 
 /// The caches, by route.
 pub(super) fn list(state: &State, metrics: &Metrics) -> Value {
-    let shown = |Figures { route, entries, bytes, in_flight, in_flight_bytes }: Figures| {
+    let shown = |figures: Figures| {
+        let Figures { route, entries, bytes, in_flight, in_flight_bytes, resumable, resumable_bytes } = figures;
         let counted = metrics.cache(&route);
         let outcome = |outcome: CacheOutcome| (outcome.as_str().to_owned(), counted.counted(outcome).into());
         json!({
@@ -20,6 +21,8 @@ pub(super) fn list(state: &State, metrics: &Metrics) -> Value {
             "bytes": bytes,
             "in_flight": in_flight,
             "in_flight_bytes": in_flight_bytes,
+            "resumable": resumable,
+            "resumable_bytes": resumable_bytes,
             "requests": CacheOutcome::ALL.map(outcome).into_iter().collect::<Map<_, _>>(),
             "stored": counted.stored.get(),
             "evicted": counted.evicted.get(),

@@ -29,6 +29,12 @@ impl Numbering {
         Self { pieces: Pieces::new(), boundary: Boundary::new(), has_data: false, count: 0 }
     }
 
+    /// The same stream from a place [between two events](Self::is_between), after so many of them.
+    #[must_use]
+    pub const fn after(count: u64) -> Self {
+        Self { pieces: Pieces::within(), boundary: Boundary::new(), has_data: false, count }
+    }
+
     /// How many events have ended, before the first id of the stream's own.
     #[must_use]
     pub const fn count(&self) -> u64 {

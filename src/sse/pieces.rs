@@ -65,6 +65,12 @@ impl Pieces {
         }
     }
 
+    /// A stream between two of its events. There is no byte order mark, and a `\n` may belong to the line before; a blank
+    /// line that is taken for it ends nothing.
+    pub(super) const fn within() -> Self {
+        Self { mark: &[], after_return: true, ..Self::new() }
+    }
+
     /// Whether any event so far has had an `id`, this one included.
     pub(super) const fn has_id(&self) -> bool {
         self.has_id

@@ -19,6 +19,7 @@
 //! Addresses, reasons and codes are logged; values, keys and passwords are not.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
         Arc, Weak,
@@ -280,6 +281,16 @@ impl Redis {
         let mut command = ::redis::cmd("LRANGE");
         command.arg(key.as_str()).arg(0).arg(-1);
         self.send("list", &command).await
+    }
+
+    /// The fields of the hash at `key`; none where there is none.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn hash(&self, key: &Key) -> Result<HashMap<String, Vec<u8>>, Failure> {
+        let mut command = ::redis::cmd("HGETALL");
+        command.arg(key.as_str());
+        self.send("hash", &command).await
     }
 
     /// Tells those who listen to `channel`, and nobody if there are none.

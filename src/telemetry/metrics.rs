@@ -71,6 +71,8 @@ struct Families {
     sessions: Family<RouteOutcome, Counter>,
     cache: Family<RouteOutcome, Counter>,
     cache_in_redis: Family<RouteOutcome, Counter>,
+    cache_resumes: Family<RouteOutcome, Counter>,
+    cache_copies: Family<RouteOutcome, Counter>,
     cache_stored: Family<Route, Counter>,
     cache_evicted: Family<Route, Counter>,
     cache_refreshed: Family<Route, Counter>,
@@ -291,6 +293,8 @@ pub struct SessionMetrics {
 pub struct CacheMetrics {
     outcomes: [Counter; CacheOutcome::ALL.len()],
     in_redis: [Counter; CacheInRedis::ALL.len()],
+    resumes: [Counter; CacheResume::ALL.len()],
+    copies: [Counter; CacheCopy::ALL.len()],
     /// Answers that were stored.
     pub stored: Counter,
     /// Answers that had to give way to others.
@@ -316,6 +320,68 @@ pub enum CacheInRedis {
     Dropped,
 }
 
+/// What becomes of a client that comes again with the id of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheResume {
+    /// It got the rest of the stream, which this replica has.
+    Here,
+    /// It got it from the copy of another replica's stream.
+    There,
+    /// It got it from the stored answer.
+    Stored,
+    /// The stream is not known, not any more, or was purged.
+    Unknown,
+    /// The stream is known, and what comes next is not at hand.
+    Gone,
+    /// The stream is another one's.
+    Other,
+    /// Redis was out of order, or did not answer in time.
+    Failed,
+}
+
+impl CacheResume {
+    const ALL: [Self; 7] =
+        [Self::Here, Self::There, Self::Stored, Self::Unknown, Self::Gone, Self::Other, Self::Failed];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Here => "here",
+            Self::There => "there",
+            Self::Stored => "stored",
+            Self::Unknown => "unknown",
+            Self::Gone => "gone",
+            Self::Other => "other",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// What becomes of the copy of a stream in Redis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheCopy {
+    /// It is there up to the stream's end.
+    Complete,
+    /// It was taken out: its stream can no longer be taken up.
+    Dropped,
+    /// It could not be made.
+    Lost,
+    /// A write failed, and is tried again.
+    Failed,
+}
+
+impl CacheCopy {
+    const ALL: [Self; 4] = [Self::Complete, Self::Dropped, Self::Lost, Self::Failed];
+
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Dropped => "dropped",
+            Self::Lost => "lost",
+            Self::Failed => "failed",
+        }
+    }
+}
+
 impl CacheInRedis {
     const ALL: [Self; 5] = [Self::Hit, Self::Miss, Self::Failed, Self::Stored, Self::Dropped];
 
@@ -339,6 +405,16 @@ impl CacheMetrics {
     /// Counts a request by its outcome.
     pub fn count(&self, outcome: CacheOutcome) {
         self.outcomes[outcome as usize].inc();
+    }
+
+    /// Notes what became of a client that came again with the id of an event.
+    pub fn resumed(&self, outcome: CacheResume) {
+        self.resumes[outcome as usize].inc();
+    }
+
+    /// Notes what became of the copy of a stream.
+    pub fn copied(&self, outcome: CacheCopy) {
+        self.copies[outcome as usize].inc();
     }
 
     /// How many requests had this outcome.
@@ -683,17 +759,14 @@ impl Metrics {
     pub fn cache(&self, route: &str) -> CacheMetrics {
         let shown = self.show(Of::Cache(route.to_owned()));
         let (f, labels) = (&self.0.families, Route { route: route.to_owned() });
-        let outcome = |outcome: CacheOutcome| {
-            let labels = RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() };
-            f.cache.get_or_create(&labels).clone()
-        };
-        let in_redis = |outcome: CacheInRedis| {
-            let labels = RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() };
-            f.cache_in_redis.get_or_create(&labels).clone()
+        let of = |family: &Family<RouteOutcome, Counter>, outcome: &'static str| {
+            family.get_or_create(&RouteOutcome { route: route.to_owned(), outcome }).clone()
         };
         CacheMetrics {
-            outcomes: CacheOutcome::ALL.map(outcome),
-            in_redis: CacheInRedis::ALL.map(in_redis),
+            outcomes: CacheOutcome::ALL.map(|outcome| of(&f.cache, outcome.as_str())),
+            in_redis: CacheInRedis::ALL.map(|outcome| of(&f.cache_in_redis, outcome.as_str())),
+            resumes: CacheResume::ALL.map(|outcome| of(&f.cache_resumes, outcome.as_str())),
+            copies: CacheCopy::ALL.map(|outcome| of(&f.cache_copies, outcome.as_str())),
             stored: f.cache_stored.get_or_create(&labels).clone(),
             evicted: f.cache_evicted.get_or_create(&labels).clone(),
             refreshed: f.cache_refreshed.get_or_create(&labels).clone(),
@@ -982,6 +1055,12 @@ impl Families {
         for outcome in CacheInRedis::ALL {
             self.cache_in_redis.remove(&RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() });
         }
+        for outcome in CacheResume::ALL {
+            self.cache_resumes.remove(&RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() });
+        }
+        for outcome in CacheCopy::ALL {
+            self.cache_copies.remove(&RouteOutcome { route: route.to_owned(), outcome: outcome.as_str() });
+        }
         let labels = Route { route: route.to_owned() };
         for family in [&self.cache_stored, &self.cache_evicted, &self.cache_refreshed] {
             family.remove(&labels);
@@ -1189,6 +1268,8 @@ impl Families {
             sessions: Family::default(),
             cache: Family::default(),
             cache_in_redis: Family::default(),
+            cache_resumes: Family::default(),
+            cache_copies: Family::default(),
             cache_stored: Family::default(),
             cache_evicted: Family::default(),
             cache_refreshed: Family::default(),
@@ -1237,6 +1318,12 @@ impl Families {
         all.register("cache_requests", "Requests of routes with a cache, by outcome", self.cache.clone());
         let help = "Answers that were looked for in Redis, or left to be written there, by outcome";
         all.register("cache_redis", help, self.cache_in_redis.clone());
+        let help =
+            "Clients that came with the id of an event of ours, by where the rest of the stream was, or why it was not";
+        all.register("cache_resumes", help, self.cache_resumes.clone());
+        let help =
+            "Copies in Redis of streams that can be taken up again, by what became of them, and writes that failed";
+        all.register("cache_resume_copies", help, self.cache_copies.clone());
         all.register("cache_stored", "Answers that were stored", self.cache_stored.clone());
         all.register("cache_evicted", "Stored answers that had to give way to others", self.cache_evicted.clone());
         let help = "Stored answers that were asked for anew behind a request";

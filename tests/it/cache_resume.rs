@@ -11,44 +11,45 @@ use crate::{
 };
 
 /// What a route for generations would have, of which nothing is kept: the backend says so, and so does the temperature.
-const RESUME: &str = "{ methods: [POST], key: [body], body: { when: { temperature: 0 } }, resume: 20s }";
-const STREAM: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-own: a\r\ntransfer-encoding: chunked\r\n";
-const END: &str = "0\r\n\r\n";
+pub const RESUME: &str = "{ methods: [POST], key: [body], body: { when: { temperature: 0 } }, resume: 20s }";
+pub const STREAM: &str =
+    "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-own: a\r\ntransfer-encoding: chunked\r\n";
+pub const END: &str = "0\r\n\r\n";
 
-fn post(path: &str, fields: &str, body: &str) -> String {
+pub fn post(path: &str, fields: &str, body: &str) -> String {
     let fields = format!("content-type: application/json\r\n{fields}content-length: {}\r\n", body.len());
     format!("POST {path} HTTP/1.1\r\nhost: sidegate.test\r\n{fields}\r\n{body}")
 }
 
-fn stream() -> String {
+pub fn stream() -> String {
     format!("{STREAM}connection: close\r\n\r\n")
 }
 
-fn prompt(fields: &str) -> String {
+pub fn prompt(fields: &str) -> String {
     post("/v1/chat/completions", fields, r#"{"stream": true, "temperature": 1, "messages": []}"#)
 }
 
-fn event(n: usize) -> String {
+pub fn event(n: usize) -> String {
     format!("data: {n}\n\n")
 }
 
-fn chunk(text: &str) -> String {
+pub fn chunk(text: &str) -> String {
     format!("{:x}\r\n{text}\r\n", text.len())
 }
 
 /// An event as clients get it.
-fn numbered(n: usize, recording: &str) -> String {
+pub fn numbered(n: usize, recording: &str) -> String {
     format!("data: {n}\nid: {recording}.{n}\n\n")
 }
 
-async fn asking(proxy: &Proxy, request: impl AsRef<[u8]>) -> Wire {
+pub async fn asking(proxy: &Proxy, request: impl AsRef<[u8]>) -> Wire {
     let mut client = proxy.connect().await;
     client.send(request).await;
     client
 }
 
 /// The name of the recording, from the first event that a client gets.
-async fn first(client: &mut Wire) -> String {
+pub async fn first(client: &mut Wire) -> String {
     let event = String::from_utf8(client.chunk().await.expect("the first event")).unwrap();
     let id = event.strip_prefix("data: 1\nid: ").and_then(|id| id.strip_suffix(".1\n\n"));
     let id = id.unwrap_or_else(|| panic!("{event:?}"));
@@ -57,12 +58,12 @@ async fn first(client: &mut Wire) -> String {
 }
 
 /// Reads these events, in as many chunks as they come.
-async fn comes(client: &mut Wire, events: std::ops::RangeInclusive<usize>, recording: &str) {
+pub async fn comes(client: &mut Wire, events: std::ops::RangeInclusive<usize>, recording: &str) {
     reads(client, &events.map(|n| numbered(n, recording)).collect::<String>()).await;
 }
 
 /// Reads this, in as many chunks as it comes.
-async fn reads(client: &mut Wire, expected: &str) {
+pub async fn reads(client: &mut Wire, expected: &str) {
     let mut come = String::new();
     while come.len() < expected.len() {
         let part = client.chunk().await.unwrap_or_else(|| panic!("the stream ended after {come:?}"));
@@ -71,12 +72,12 @@ async fn reads(client: &mut Wire, expected: &str) {
     assert_eq!(come, expected);
 }
 
-fn last(recording: &str, n: usize) -> String {
+pub fn last(recording: &str, n: usize) -> String {
     format!("last-event-id: {recording}.{n}\r\n")
 }
 
 /// Waits until the proxy has noticed that the client has left.
-async fn left(proxy: &Proxy, client: Wire, id: &str, reset: bool) {
+pub async fn left(proxy: &Proxy, client: Wire, id: &str, reset: bool) {
     client.leave(reset);
     assert_eq!(proxy.access_line(id).await["aborted_by"], "client");
 }

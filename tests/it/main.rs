@@ -13,6 +13,7 @@ mod cache_flights;
 mod cache_keys;
 mod cache_redis;
 mod cache_resume;
+mod cache_resume_replicas;
 mod cache_rfc9111;
 mod cache_stale;
 mod cache_streams;

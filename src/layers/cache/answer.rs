@@ -5,10 +5,12 @@ use std::{mem, sync::Arc, time::SystemTime};
 use bytes::Bytes;
 use http::{header::RANGE, request::Parts};
 use http_body::Body as HttpBody;
+use tokio::time::timeout;
 use tower::Service;
 
 use super::{
     change::Changed,
+    copies,
     fill::{Failure, failed},
     freshness::Verdict,
     gate::{Gate, render},
@@ -16,7 +18,7 @@ use super::{
     key::Key,
     purge::{Standing, Target},
     question::{Part, Question, gather},
-    resume::{LAST_EVENT_ID, Last, Whose},
+    resume::{LAST_EVENT_ID, Last, Lost},
     shared::{Holds, Sought},
     status::{CacheStatus, Forward},
     stored::{Basis, Stored},
@@ -25,7 +27,7 @@ use super::{
 };
 use crate::{
     message::{Body, BoxError, CloneService, Error, Kind, Request, Response, asks_for_tunnel},
-    telemetry::exchange::CacheOutcome,
+    telemetry::{Exchange, exchange::CacheOutcome, metrics::CacheResume},
 };
 
 /// How often a request may find out that the answer it waited for is another's, before it goes on by itself.
@@ -54,11 +56,24 @@ pub(super) enum Asked {
     Answered(Response),
     /// The answer has to be found: this is what there is, and under which key.
     Open(Question, Key, Option<Entry>),
+    /// Another replica may have the rest of a stream of which the client has had a part.
+    TakesUp(Question, Last),
     /// It goes on as if there were no cache.
     Passes(Request, CacheStatus),
     /// So does what it asks. What it gets can be taken up again.
     PassesQuestion(Question, CacheStatus),
 }
+
+/// What becomes of a client that comes again with the id of an event.
+enum Taken {
+    Here(Response),
+    /// Another replica may have it.
+    PerhapsThere(Last),
+    Lost,
+}
+
+/// What is said of an answer that is the rest of one.
+const RESUMED: CacheStatus = CacheStatus { detail: Some("resumed"), ..CacheStatus::HIT };
 
 fn bypass(why: &'static str) -> CacheStatus {
     CacheStatus { detail: Some(why), ..CacheStatus::forwarded(Forward::Bypass) }
@@ -96,10 +111,11 @@ impl Gate {
     where
         S: CloneService + Sync,
     {
-        match Question::new(head, body, &self.route, &self.config) {
-            Ok(question) => match last.and_then(|last| self.take_up(&question, last)) {
-                Some(response) => Asked::Answered(response),
-                None => self.look(inner, question),
+        match Question::new(head, body, &self.route, &self.config, &self.kept.purges) {
+            Ok(question) => match last.map_or(Taken::Lost, |last| self.take_up(&question, last)) {
+                Taken::Here(response) => Asked::Answered(response),
+                Taken::PerhapsThere(last) => Asked::TakesUp(question, last),
+                Taken::Lost => self.look(inner, question),
             },
             Err((request, why)) => Asked::Passes(request, bypass(why)),
         }
@@ -128,7 +144,7 @@ impl Gate {
     where
         S: CloneService + Sync,
     {
-        let asked = match begun {
+        let mut asked = match begun {
             Begun::Asked(asked) => asked,
             Begun::Changes(request) => return self.change(inner, request).await,
             Begun::Uploads(head, body, last) => match gather(body, Question::most(&head, &self.config)).await? {
@@ -136,12 +152,21 @@ impl Gate {
                 Err(body) => Asked::Passes(Request::from_parts(head, body), bypass("body-too-large")),
             },
         };
-        match asked {
-            Asked::Answered(response) => Ok(response),
+        loop {
             // Boxed: what need not wait shall not make room for it.
-            Asked::Open(question, key, entry) => Box::pin(self.answer(inner, question, (key, entry))).await,
-            Asked::Passes(request, status) => self.pass(inner, request, status).await,
-            Asked::PassesQuestion(question, status) => self.pass_question(inner, question, status).await,
+            return match asked {
+                Asked::Answered(response) => Ok(response),
+                Asked::Open(question, key, entry) => Box::pin(self.answer(inner, question, (key, entry))).await,
+                Asked::TakesUp(question, last) => {
+                    if let Some(response) = Box::pin(self.take_up_there(&question, last)).await {
+                        return Ok(response);
+                    }
+                    asked = self.look(&inner, question);
+                    continue;
+                }
+                Asked::Passes(request, status) => self.pass(inner, request, status).await,
+                Asked::PassesQuestion(question, status) => self.pass_question(inner, question, status).await,
+            };
         }
     }
 
@@ -166,25 +191,85 @@ impl Gate {
     }
 
     /// The rest of a stream of which the client has had a part, if it is the client's and at hand.
-    fn take_up(&self, question: &Question, last: Last) -> Option<Response> {
-        let (resume, own) = (self.resume.as_ref()?, question.own?);
-        let is = |whose: &Whose| match whose {
-            Whose::All { key, vary } => question.variant(vary) == *key,
-            Whose::One(key) => own == *key,
+    fn take_up(&self, question: &Question, last: Last) -> Taken {
+        let (Some(resume), Some(own)) = (&self.resume, question.own) else { return Taken::Lost };
+        let (response, outcome) = match resume.take_up(last, |whose| question.has(own, whose), &self.kept.purges) {
+            Ok(mut response) => {
+                RESUMED.append(response.headers_mut());
+                (response, CacheResume::Here)
+            }
+            Err(why) => match self.rest(question, last) {
+                Some(response) => (response, CacheResume::Stored),
+                None if why == Lost::Unknown && resume.copies.is_some() => return Taken::PerhapsThere(last),
+                None => {
+                    self.metrics.resumed(why.into());
+                    return Taken::Lost;
+                }
+            },
         };
-        let status = CacheStatus { detail: Some("resumed"), ..CacheStatus::HIT };
-        let coming = resume.take_up(last, is).map(|mut response| {
-            status.append(response.headers_mut());
-            response
-        });
-        let response = coming.or_else(|| match self.kept.look(question.primary, None, &question.head.headers) {
+        Taken::Here(self.resumed(question, response, outcome))
+    }
+
+    /// The same of a stream that is stored here.
+    fn rest(&self, question: &Question, last: Last) -> Option<Response> {
+        match self.kept.look(question.primary, None, &question.head.headers) {
             (_, Some(Entry::Answer(stored))) if stored.id == Some(last.id) => {
-                stored.rest(last, status, SystemTime::now())
+                stored.rest(last, RESUMED, SystemTime::now())
             }
             _ => None,
-        })?;
+        }
+    }
+
+    /// The same of one that another replica has, or that is stored in Redis. All of it within the deadline of the store.
+    async fn take_up_there(&self, question: &Question, last: Last) -> Option<Response> {
+        let (copies, own) = (self.resume.as_ref()?.copies.as_ref()?, question.own?);
+        let exchange = question.head.extensions.get::<Exchange>();
+        let found = if exchange.is_some_and(|exchange| exchange.facts().store_unanswered) {
+            Err(Lost::Failed)
+        } else {
+            let found = timeout(copies.deadline(), self.find_there(copies, question, own, last)).await;
+            found.unwrap_or_else(|_| {
+                if let Some(exchange) = exchange {
+                    exchange.facts().store_unanswered = true;
+                }
+                Err(Lost::Failed)
+            })
+        };
+        match found {
+            Ok((response, outcome)) => Some(self.resumed(question, response, outcome)),
+            Err(why) => {
+                self.metrics.resumed(why.into());
+                None
+            }
+        }
+    }
+
+    async fn find_there(
+        &self,
+        copies: &copies::Of,
+        question: &Question,
+        own: Key,
+        last: Last,
+    ) -> Result<(Response, CacheResume), Lost> {
+        let why = match copies.take_up(last, |whose| question.has(own, whose), RESUMED).await {
+            Ok(response) => return Ok((response, CacheResume::There)),
+            Err(why) => why,
+        };
+        if why == Lost::Unknown && self.config.record_streams && question.bypass.is_none() {
+            let (key, _) = self.kept.look(question.primary, None, &question.head.headers);
+            if self.fetch(question, key).await
+                && let Some(response) = self.rest(question, last)
+            {
+                return Ok((response, CacheResume::Stored));
+            }
+        }
+        Err(why)
+    }
+
+    fn resumed(&self, question: &Question, response: Response, outcome: CacheResume) -> Response {
+        self.metrics.resumed(outcome);
         self.note(&question.head, CacheOutcome::Resumed);
-        Some(response)
+        response
     }
 
     /// The answer to a question that may be kept. `found` is what there is for it, and under which key.
@@ -295,7 +380,7 @@ impl Gate {
                 shared.remove(key);
             }
         }
-        Ok(self.resumable(response, question.own, &question.owner))
+        Ok(self.resumable(response, self.footing(&question)))
     }
 
     /// What is stored, if it may be given.

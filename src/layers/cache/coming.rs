@@ -18,7 +18,7 @@ use super::{
     key::Key,
     left::Owner,
     recording::{Reader, Recording},
-    resume::{Id, Resume, Stream, Whose},
+    resume::{Footing, Id, Resume, Stream, Whose},
     status::CacheStatus,
     stored,
     validate::{self, Evaluation},
@@ -53,6 +53,7 @@ pub(super) struct Coming {
     pub(super) is_kept: bool,
     /// The name by which it can be taken up again.
     pub(super) id: Option<Id>,
+    pub(super) footing: Footing,
 }
 
 impl Coming {
@@ -103,6 +104,7 @@ impl Coming {
             headers: stored::own(self.shared_headers()),
             extensions: self.extensions.clone(),
             recording: self.recording.clone(),
+            footing: self.footing.clone(),
             asking: Some(asking),
             is_known: Arc::default(),
         }

@@ -106,13 +106,14 @@ pub struct Config {
     /// For how long an event stream can be taken up again after its client has left. Its events get an `id`, unless the
     /// upstream gives them some, and who comes with the last one in `Last-Event-ID`, and asks the same as the same, gets what
     /// came after it and then what comes, whether or not the stream may be shared or kept; `methods` and `key` hold. For so
-    /// long the upstream's request goes on, once the client has got an event, and what came of it is kept, on the replica
-    /// that has it. When it is gone, or on another replica, a new stream begins, with new ids. Of one that is larger than
-    /// `max_body` the last part is kept; all of them take no more than `max_bytes` beside what is kept: then those that
-    /// ended first go first, and what has no room cannot be taken up. Of those that nobody reads and whose upstream goes on,
-    /// a principal has at most 8, or an address (IPv6: a /64) where there is no principal, and the route 1024, or a quarter
-    /// of the `max_in_flight` of `concurrency`, its own or the upstream's; then those that were left first are let go.
-    /// Default `off`; at most `1h`.
+    /// long the upstream's request goes on, once the client has got an event, and what came of it is kept. With `redis` it
+    /// is copied there while it comes, encrypted, and every replica gives the rest; of one whose replica is gone what is
+    /// there, and then it breaks off. When it is gone, was purged, or Redis is out of order, a new stream begins, with new
+    /// ids. Of one that is larger than `max_body`, and in Redis than `redis.max_body`, the last part is kept; all of them
+    /// take no more than `max_bytes` beside what is kept: then those that ended first go first, and what has no room cannot
+    /// be taken up. Of those that nobody reads and whose upstream goes on, a principal has at most 8, or an address (IPv6: a
+    /// /64) where there is no principal, and the route 1024, or a quarter of the `max_in_flight` of `concurrency`, its own
+    /// or the upstream's; then those that were left first are let go. Default `off`; at most `1h`.
     ///
     /// A stream that says `no-transform` is left as it is, unless `ignore_cache_control` is set.
     pub resume: Toggle<HumanDuration>,
@@ -141,7 +142,8 @@ pub struct Config {
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "CacheInRedis")]
 pub struct InRedis {
-    /// The largest body that goes there. Default `256KiB`, at most `16MiB`.
+    /// The largest body that goes there, and the most of a stream that can be taken up again. Default `256KiB`, at most
+    /// `16MiB`.
     pub max_body: ByteSize,
     /// Larger bodies are compressed there, with zstd. Default `4KiB`.
     pub compress_above: ByteSize,

@@ -16,11 +16,12 @@ use super::{
     marks::Marks,
     purge::Names,
     recording::Cut,
+    resume::Id,
     stored::{Basis, Stored},
 };
 
 /// What every value begins with: whose it is, and the version of all that follows.
-const MAGIC: [u8; 4] = *b"sgc\x01";
+const MAGIC: [u8; 4] = *b"sgc\x02";
 const ANSWER: u8 = 1;
 const NAMES: u8 = 2;
 /// How hard it is tried: 1 takes a quarter of the time of the usual 3, for a few percent.
@@ -48,10 +49,9 @@ pub(super) fn answer(key: &Key, stored: &Stored, life: &Life, marks: &Marks, com
     if let Some(trailers) = &stored.trailers {
         to.fields(trailers);
     }
-    to.bytes(stored.names.host.as_bytes());
-    to.bytes(stored.names.path.as_bytes());
-    to.all(stored.names.tags.iter().map(|tag| tag.as_bytes()));
-    to.all(marks.0.iter().map(|mark| &**mark));
+    to.bytes(stored.id.as_ref().map_or(&[], |id| id.as_bytes()));
+    to.names(&stored.names);
+    to.marks(marks);
     to.number(stored.cuts.len());
     for cut in &stored.cuts {
         to.0.extend_from_slice(&cut.end.to_be_bytes());
@@ -105,10 +105,11 @@ fn read_answer(from: &mut Reader<'_>, value: &Bytes, most: usize) -> Option<Stor
         1 => Some(from.fields()?),
         _ => return None,
     };
-    let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(Box::from);
-    let (host, path) = (text(from.bytes()?)?, text(from.bytes()?)?);
-    let tags = from.all(text)?.into();
-    let marks = Marks(from.all(|mark| Some(Box::from(mark)))?.into());
+    let id = match from.bytes()? {
+        [] => None,
+        id => Some(Id::from(<[u8; 16]>::try_from(id).ok()?)),
+    };
+    let (names, marks) = (from.names()?, from.marks()?);
     let count = from.number()?;
     let cuts = from.take(count.checked_mul(8)?)?.chunks_exact(8).map(|cut| {
         let (end, at) = cut.split_at(4);
@@ -127,15 +128,14 @@ fn read_answer(from: &mut Reader<'_>, value: &Bytes, most: usize) -> Option<Stor
         return None;
     }
     Some(Stored {
-        // A stream is taken up again on the replica that has it.
-        id: None,
+        id,
         status,
         headers,
         body,
         trailers,
         cuts,
         life,
-        names: Arc::new(Names { host, path, tags }),
+        names: Arc::new(names),
         basis: Basis { marks: Some(Arc::new(marks)), ..Basis::default() },
         took,
     })
@@ -153,7 +153,7 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-struct Writer(Vec<u8>);
+pub(super) struct Writer(pub(super) Vec<u8>);
 
 impl Writer {
     fn new(kind: u8, key: &Key, room: usize) -> Self {
@@ -174,18 +174,28 @@ impl Writer {
         self.0.extend_from_slice(bytes);
     }
 
-    fn all<'a>(&mut self, all: impl ExactSizeIterator<Item = &'a [u8]>) {
+    pub(super) fn all<'a>(&mut self, all: impl ExactSizeIterator<Item = &'a [u8]>) {
         self.number(all.len());
         all.for_each(|bytes| self.bytes(bytes));
     }
 
     /// Repeated ones as often as they are there, in their order.
-    fn fields(&mut self, fields: &HeaderMap) {
+    pub(super) fn fields(&mut self, fields: &HeaderMap) {
         self.number(fields.len());
         for (name, value) in fields {
             self.bytes(name.as_str().as_bytes());
             self.bytes(value.as_bytes());
         }
+    }
+
+    pub(super) fn names(&mut self, names: &Names) {
+        self.bytes(names.host.as_bytes());
+        self.bytes(names.path.as_bytes());
+        self.all(names.tags.iter().map(|tag| tag.as_bytes()));
+    }
+
+    pub(super) fn marks(&mut self, marks: &Marks) {
+        self.all(marks.0.iter().map(|mark| &**mark));
     }
 
     fn finish(mut self) -> Vec<u8> {
@@ -195,7 +205,7 @@ impl Writer {
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub(super) &'a [u8]);
 
 impl<'a> Reader<'a> {
     fn take(&mut self, length: usize) -> Option<&'a [u8]> {
@@ -204,7 +214,7 @@ impl<'a> Reader<'a> {
         Some(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub(super) fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         self.take(N)?.try_into().ok()
     }
 
@@ -217,13 +227,23 @@ impl<'a> Reader<'a> {
         self.take(length)
     }
 
-    fn all<T>(&mut self, read: impl Fn(&'a [u8]) -> Option<T>) -> Option<Vec<T>> {
+    pub(super) fn all<T>(&mut self, read: impl Fn(&'a [u8]) -> Option<T>) -> Option<Vec<T>> {
         let count = self.number()?;
         // Nothing is reserved for what may not be there.
         (0..count).map(|_| read(self.bytes()?)).collect()
     }
 
-    fn fields(&mut self) -> Option<HeaderMap> {
+    pub(super) fn names(&mut self) -> Option<Names> {
+        let text = |bytes: &[u8]| std::str::from_utf8(bytes).ok().map(Box::from);
+        let (host, path) = (text(self.bytes()?)?, text(self.bytes()?)?);
+        Some(Names { host, path, tags: self.all(text)?.into() })
+    }
+
+    pub(super) fn marks(&mut self) -> Option<Marks> {
+        Some(Marks(self.all(|mark| Some(Box::from(mark)))?.into()))
+    }
+
+    pub(super) fn fields(&mut self) -> Option<HeaderMap> {
         let mut fields = HeaderMap::new();
         for _ in 0..self.number()? {
             let name = HeaderName::from_bytes(self.bytes()?).ok()?;
@@ -265,7 +285,7 @@ mod tests {
         let mut trailers = HeaderMap::new();
         trailers.insert("checksum", HeaderValue::from_static("9"));
         Stored {
-            id: None,
+            id: Id::new(),
             status: StatusCode::NON_AUTHORITATIVE_INFORMATION,
             headers,
             body: body.into(),
@@ -284,8 +304,9 @@ mod tests {
 
     /// All that is written of it.
     fn shown(stored: &Stored) -> String {
-        let Stored { status, headers, body, trailers, cuts, life, names, basis: _, took, id: _ } = stored;
-        format!("{status} {headers:?} {body:?} {trailers:?} {cuts:?} {life:?} {names:?} {took:?}")
+        let Stored { status, headers, body, trailers, cuts, life, names, basis: _, took, id } = stored;
+        let id = id.as_ref().map(Id::as_bytes);
+        format!("{status} {headers:?} {body:?} {trailers:?} {cuts:?} {life:?} {names:?} {took:?} {id:?}")
     }
 
     fn read(key: &Key, value: &[u8]) -> Option<Stored> {
@@ -364,7 +385,7 @@ mod tests {
     #[test]
     fn another_version_is_nothing() {
         let value = answer(&key(7), &stored(Vec::new(), Vec::new()), &marks(), 100);
-        for (at, byte) in [(3, 2), (4, 3), (37, Life::VERSION + 1)] {
+        for (at, byte) in [(3, 1), (4, 3), (37, Life::VERSION + 1)] {
             let mut value = value[..value.len() - CHECKSUM].to_vec();
             value[at] = byte;
             assert!(read(&key(7), &Writer(value).finish()).is_none(), "with the right checksum, at {at}");

@@ -1,7 +1,7 @@
 //! Asking the upstream, for one or for many, and what becomes of its answer.
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -25,7 +25,7 @@ use super::{
     key::Key,
     purge::Standing,
     recording::{Lost, Recording, Whole},
-    resume::{self, Id, Room},
+    resume::{self, Footing, Id, Room},
     shared::{Shared, Sought},
     stored::{Basis, Stored},
     validate,
@@ -371,6 +371,12 @@ fn coming(
     let stepped_in = stepped_in(&job.head);
     let latecomers = job.head.extensions.get().cloned().unwrap_or_default();
     let Job { primary, terms, basis, stale, .. } = job;
+    let footing = Footing {
+        names: place.names.clone(),
+        number: place.number,
+        asked: basis.seen.load(Ordering::Relaxed),
+        marks: basis.marks.clone(),
+    };
     let (max_body, depends) = (terms.max_body, vary.clone());
     let share = terms.room.as_ref().filter(|_| id.is_some()).map(Room::share);
     // What was paid for by the token is not kept where it was cut short.
@@ -429,5 +435,6 @@ fn coming(
         is_short,
         is_kept,
         id,
+        footing,
     }))
 }

@@ -18,7 +18,7 @@ use super::{
     purge::{self, ANY_HOST, Names},
     question::{Question, origin},
     recording::Recording,
-    resume::{self, Id, Resume, Stream, Whose},
+    resume::{self, Footing, Id, Resume, Stream, Whose},
     shared::Shared,
     state::State,
     status::{CacheStatus, Forward, Source},
@@ -76,7 +76,13 @@ impl Gate {
             ignore_cache_control: config.ignore_cache_control,
             keyed_by_credential: !config.shared,
         };
-        let resume = duration(config.resume).map(|after| Resume { streams: state.streams(config, route), after });
+        let shared = redis
+            .zip(config.redis.as_ref())
+            .map(|(redis, own)| Shared::new(state.purger.hub(redis), (route, upstream), config, own, metrics.clone()));
+        let resume = duration(config.resume).map(|after| {
+            let copies = shared.as_ref().map(Shared::copies);
+            Resume { streams: state.streams(config, route), after, copies }
+        });
         let terms = Terms {
             rules,
             max_body: usize::try_from(config.max_body.get()).unwrap_or(usize::MAX),
@@ -85,9 +91,7 @@ impl Gate {
             tools: config.body.tools,
             when: config.when.clone(),
             refresh: duration(config.refresh),
-            shared: redis.zip(config.redis.as_ref()).map(|(redis, own)| {
-                Shared::new(state.purger.hub(redis), (route, upstream), config, own, metrics.clone())
-            }),
+            shared,
             room: resume.as_ref().map(|resume| resume.streams.room().clone()),
             metrics: metrics.clone(),
         };
@@ -139,14 +143,27 @@ impl Gate {
     where
         S: Service<Request, Response = Response, Error: Into<BoxError>>,
     {
+        let footing = self.footing(&question);
         let request = Request::from_parts(question.head, question.body.into());
         let response = self.pass(inner, request, status).await?;
-        Ok(self.resumable(response, question.own, &question.owner))
+        Ok(self.resumable(response, footing))
+    }
+
+    /// By what the answer for the one who asks can be taken up again, and is purged.
+    pub(super) fn footing(&self, question: &Question) -> Option<(Key, Owner, Footing)> {
+        self.resume.as_ref()?;
+        // No purge names a tag that is too long.
+        let names = self.names_of(question).unwrap_or_else(|tags::TooLong| self.names_with(question, Box::default()));
+        let (number, asked) = question.since;
+        let footing = Footing { names, number, asked, marks: None };
+        Some((question.own?, question.owner.clone(), footing))
     }
 
     /// An answer for the one who asked, which can be taken up again if it is a stream.
-    pub(super) fn resumable(&self, response: Response, own: Option<Key>, owner: &Owner) -> Response {
-        let (Some(resume), Some(own), true) = (&self.resume, own, resume::fits(&response, &self.terms.rules)) else {
+    pub(super) fn resumable(&self, response: Response, footing: Option<(Key, Owner, Footing)>) -> Response {
+        let (Some(resume), Some((own, owner, footing)), true) =
+            (&self.resume, footing, resume::fits(&response, &self.terms.rules))
+        else {
             return response;
         };
         let Some(id) = Id::new() else { return response };
@@ -159,12 +176,13 @@ impl Gate {
         let Some(reader) = recording.reader() else { unreachable!("nothing of it is gone") };
         let body = resume.begin(id, reader, || Stream {
             whose: Whose::One(own),
-            owner: owner.clone(),
+            owner,
             status: parts.status,
             version: parts.version,
             headers,
             extensions: parts.extensions.clone(),
             recording,
+            footing,
             asking: None,
             is_known: Arc::default(),
         });
@@ -173,10 +191,13 @@ impl Gate {
 
     /// What an answer to this question is purged by.
     pub(super) fn names_of(&self, question: &Question) -> Result<Arc<Names>, tags::TooLong> {
-        let tags = render(&self.config.tags, &question.head)?;
+        Ok(self.names_with(question, render(&self.config.tags, &question.head)?))
+    }
+
+    fn names_with(&self, question: &Question, tags: Box<[Box<str>]>) -> Arc<Names> {
         let host = if self.config.ignore_host { ANY_HOST.into() } else { origin(&question.head).into() };
         let path = purge::path(&question.head.uri, &self.config.ignore_query).into();
-        Ok(Arc::new(Names { host, path, tags }))
+        Arc::new(Names { host, path, tags })
     }
 
     /// Notes that the upstream was spared what it had taken for the stored answer.

@@ -31,6 +31,7 @@ use tracing::{debug, warn};
 
 use super::{
     Config,
+    copies::Copies,
     kept::Kept,
     marks,
     purge::{Names, Purges, Standing, Target},
@@ -124,9 +125,13 @@ impl Purger {
         hub
     }
 
-    /// Waits until others have been told of all purges, and all is written, for as long as `patience`.
+    /// Waits until others have been told of all purges, and all is written, for as long as `patience`. Streams that are being
+    /// copied end.
     pub(super) async fn finish(&self, patience: Duration) {
         let hubs: Vec<_> = self.hubs.lock().iter().filter_map(Weak::upgrade).collect();
+        for copies in hubs.iter().filter_map(|hub| hub.copies.get()) {
+            copies.close();
+        }
         let all = async {
             for hub in &hubs {
                 while hub.redis.is_up() && hub.has_work() {
@@ -160,6 +165,8 @@ pub(super) struct Hub {
     room: AtomicU64,
     writes: mpsc::Sender<Write>,
     globs: Mutex<Globs>,
+    /// Of streams, where there are any that can be taken up again.
+    copies: OnceLock<Arc<Copies>>,
     held: Mutex<Option<(Subscription, JoinSet<()>)>>,
 }
 
@@ -287,6 +294,7 @@ impl Hub {
             room: AtomicU64::new(0),
             writes,
             globs: Mutex::new((Box::default(), Arc::default())),
+            copies: OnceLock::new(),
             held: Mutex::default(),
         });
         // They end with the hub, which is there before they begin.
@@ -335,8 +343,15 @@ impl Hub {
         self.redis.is_up() && self.writes.try_send(write).is_ok()
     }
 
+    /// The copies of streams in this Redis.
+    pub(super) fn copies(&self) -> &Arc<Copies> {
+        self.copies.get_or_init(|| Copies::start(&self.redis, self.id))
+    }
+
     fn has_work(&self) -> bool {
-        self.writes.capacity() < UNWRITTEN || !self.unsent.lock().purges.is_empty()
+        self.writes.capacity() < UNWRITTEN
+            || !self.unsent.lock().purges.is_empty()
+            || self.copies.get().is_some_and(|copies| copies.has_work())
     }
 
     /// The name of a mark.

@@ -25,7 +25,7 @@
 //!   room. How old an answer in Redis is, Redis tells by its own clock: those of the replicas need not agree.
 //!   A user of an ACL needs the channels `&PREFIX:*`.
 //! - **What is taken up again.** With `resume`, a client that lost a stream gets the rest of it, if it is the one who asked:
-//!   see `resume`.
+//!   see `resume`; with Redis from any replica: see `copies`.
 //!
 //! `Cache-Status` (RFC 9211) on each answer says where it came from, `Age` how old it is.
 //!
@@ -59,6 +59,7 @@ pub mod canonical;
 mod change;
 mod coming;
 mod config;
+mod copies;
 mod date;
 mod directives;
 mod encoding;

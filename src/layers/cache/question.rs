@@ -16,9 +16,11 @@ use super::{
     canonical,
     config::{Config, Method},
     directives::Request as Directives,
+    hub::clock,
     key::{self, Asks, Key, Keys},
     left::Owner,
-    resume::LAST_EVENT_ID,
+    purge::Purges,
+    resume::{LAST_EVENT_ID, Whose},
     status::Forward,
     stored::Stored,
     vary,
@@ -115,12 +117,22 @@ pub(super) struct Question {
     pub(super) own: Option<Key>,
     /// Who that is.
     pub(super) owner: Owner,
+    /// The last purge before it was asked, and when that was.
+    pub(super) since: (u64, u64),
 }
 
 impl Question {
     /// The key of the answer for it, if answers vary by these fields of requests.
     pub(super) fn variant(&self, vary: &[HeaderName]) -> Key {
         if vary.is_empty() { self.primary } else { self.primary.with_vary(vary, &self.head.headers) }
+    }
+
+    /// Whether a stream is the one of who asks it, whose own key is this.
+    pub(super) fn has(&self, own: Key, whose: &Whose) -> bool {
+        match whose {
+            Whose::All { key, vary } => self.variant(vary) == *key,
+            Whose::One(key) => own == *key,
+        }
     }
 
     /// Whether what is stored under this key is the answer for it.
@@ -141,6 +153,7 @@ impl Question {
         body: Bytes,
         route: &str,
         config: &Config,
+        purges: &Purges,
     ) -> Result<Self, (Request, &'static str)> {
         let (host, https) = if config.ignore_host { ("", false) } else { host(&head) };
         let principal = head.extensions.get::<Principal>();
@@ -184,7 +197,7 @@ impl Question {
         let owner = if can_resume { Owner::of(&head) } else { Owner::Unknown };
         // The body has come, and is at hand.
         head.headers.remove(EXPECT);
-        Ok(Self { head, body, primary, asked, bypass, own, owner })
+        Ok(Self { head, body, primary, asked, bypass, own, owner, since: (purges.now(), clock()) })
     }
 }
 

@@ -15,9 +15,11 @@
 //! An answer that breaks off breaks off for all who read it, and is never handed on.
 //!
 //! A stream that can be [taken up again](super::resume) is kept when its readers have left, for some time and up to its
-//! end: then it is read for nobody, up to the limit. Of one that grows beyond the limit the last part is kept.
+//! end: then it is read for nobody, up to the limit. Of one that grows beyond the limit the last part is kept. Where it is
+//! [copied](super::copies), the copier takes what is kept, and nobody waits for it.
 
 mod budget;
+mod copy;
 mod reader;
 mod state;
 mod waiting;
@@ -36,6 +38,7 @@ use tokio::{sync::Notify, time::Instant};
 
 pub(super) use self::{
     budget::Budget,
+    copy::{Copied, Cursor},
     reader::Reader,
     state::{Cut, Lost, Whole},
 };
@@ -121,7 +124,8 @@ impl Recording {
     /// Keeps it for those who come again, from now, when nothing has come yet. It takes its memory from `share`. What is
     /// for one `alone` is kept for nothing else.
     pub(super) fn hold(&self, share: Share, alone: bool) {
-        let held = Held { from: Numbering::new(), marks: VecDeque::new(), share, alone, left: None, over: None };
+        let (from, passed, marks) = (Numbering::new(), 0, VecDeque::new());
+        let held = Held { from, passed, marks, share, alone, left: None, over: None, copied: false };
         self.state.lock().held = Some(Box::new(held));
     }
 
@@ -155,6 +159,11 @@ impl Recording {
     pub(super) fn runs_for_nobody(&self) -> bool {
         let state = self.state.lock();
         matches!(state.source, Source::Coming(_)) && state.held.as_ref().is_some_and(|held| held.left.is_some())
+    }
+
+    /// Whether it is not kept for those who come again, or not any more.
+    pub(super) fn is_let_go(&self) -> bool {
+        self.state.lock().held.is_none()
     }
 
     /// Waits until nobody reads it, and says since when; `None` where it is not kept for those who come again.
@@ -296,7 +305,8 @@ impl Recording {
             (end, whole)
         });
         let crowded = state.held.as_ref().and_then(|held| held.share.crowded());
-        (found, Some(News { told, crowded }))
+        let copied = state.held.as_ref().is_some_and(|held| held.copied);
+        (found, Some(News { told, crowded, copied }))
     }
 }
 
@@ -305,6 +315,7 @@ struct News {
     told: Option<Told>,
     /// There is no more memory for what is kept for those who come again.
     crowded: Option<Arc<Room>>,
+    copied: bool,
 }
 
 impl News {
@@ -315,6 +326,9 @@ impl News {
         }
         if self.crowded.is_some_and(|room| !room.make()) {
             recording.let_go();
+        }
+        if self.copied {
+            recording.waiting.copier.wake();
         }
     }
 }

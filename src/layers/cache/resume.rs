@@ -6,7 +6,9 @@
 //!
 //! What may be shared is one recording for all who read it, and found by whoever may read along, or in the store. What
 //! may not, such as an answer to a question whose answers are not kept, is a recording of its own, for the one who asked.
-//! It is in this process: another one answers as if it were not there.
+//!
+//! The recording is in this process. Where there is a Redis, another replica finds a [copy](super::copies) there, and gives
+//! the rest of it; elsewhere it answers as if it were not there. What was purged is not taken up again.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -35,16 +37,20 @@ use ring::{
 use tokio::{task::JoinSet, time::timeout_at};
 
 use super::{
+    copies::{self, Copier},
     directives,
     freshness::Rules,
     kept::Asking,
     key::Key,
     left::{Left, Owner},
+    marks::Marks,
+    purge::{Names, Purges, Standing},
     recording::Recording,
 };
 use crate::{
     message::{Body, BoxError, Response},
     sse::{self, Labels, Numbering},
+    telemetry::metrics::CacheResume,
 };
 
 /// WHATWG HTML §9.2.4.
@@ -77,6 +83,10 @@ impl Id {
         check(random) == checked
     }
 
+    pub(super) fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+
     fn hex(self) -> String {
         format!("{:032x}", u128::from_be_bytes(self.0))
     }
@@ -91,6 +101,12 @@ fn check(random: &[u8]) -> [u8; 4] {
     hash.update(random);
     let hash = hash.finish();
     std::array::from_fn(|n| hash.as_ref()[n])
+}
+
+impl From<[u8; 16]> for Id {
+    fn from(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
 }
 
 /// Not what it is: who knows it may have the stream.
@@ -144,6 +160,32 @@ pub(super) fn weaken(headers: &mut HeaderMap) {
 pub(super) struct Resume {
     pub(super) streams: Arc<Streams>,
     pub(super) after: Duration,
+    /// Where other replicas find them, and this one finds theirs.
+    pub(super) copies: Option<copies::Of>,
+}
+
+/// By what a stream is purged.
+#[derive(Debug, Clone)]
+pub(super) struct Footing {
+    pub(super) names: Arc<Names>,
+    /// The last purge of this process before its upstream was asked, and when that was.
+    pub(super) number: u64,
+    pub(super) asked: u64,
+    /// What Redis knew then, if it was asked.
+    pub(super) marks: Option<Arc<Marks>>,
+}
+
+/// Why a stream is not taken up again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    /// There is none of this name: not any more, or it was purged.
+    Unknown,
+    /// What came after the event is gone, or has not come and will not.
+    Gone,
+    /// It is another one's, or the answer to another question.
+    Other,
+    /// Redis did not say.
+    Failed,
 }
 
 /// Who may take up a stream again.
@@ -155,6 +197,17 @@ pub(super) enum Whose {
     One(Key),
 }
 
+impl From<Lost> for CacheResume {
+    fn from(lost: Lost) -> Self {
+        match lost {
+            Lost::Unknown => Self::Unknown,
+            Lost::Gone => Self::Gone,
+            Lost::Other => Self::Other,
+            Lost::Failed => Self::Failed,
+        }
+    }
+}
+
 /// A stream that can be taken up again.
 pub(super) struct Stream {
     pub(super) whose: Whose,
@@ -164,6 +217,7 @@ pub(super) struct Stream {
     pub(super) headers: HeaderMap,
     pub(super) extensions: Extensions,
     pub(super) recording: Arc<Recording>,
+    pub(super) footing: Footing,
     /// As long as it is there, others find the answer.
     pub(super) asking: Option<Asking>,
     /// Whether anybody got an id of it.
@@ -201,6 +255,11 @@ impl Streams {
     /// How much may be asked of the upstream at once.
     pub(super) fn beside(&self, places: Option<NonZeroU32>) {
         self.left.beside(places);
+    }
+
+    /// How many there are, and about how many bytes they take.
+    pub(super) fn size(&self) -> (usize, u64) {
+        (self.all.lock().len(), self.room.used.load(Ordering::Relaxed))
     }
 
     pub(super) fn room(&self) -> &Arc<Room> {
@@ -257,7 +316,8 @@ impl Resume {
                 let is_known = stream.is_known.clone();
                 let mut tasks = self.streams.tasks.lock();
                 while tasks.try_join_next().is_some() {}
-                tasks.spawn(keep(streams.clone(), id, stream, self.after));
+                let copier = self.copies.clone().and_then(|copies| Copier::new(copies, id, self.after));
+                tasks.spawn(keep(streams.clone(), id, stream, self.after, copier));
                 is_known
             }
         };
@@ -267,9 +327,23 @@ impl Resume {
     }
 
     /// The rest of a stream, after the last event that the client has had, if it `is` the client's.
-    pub(super) fn take_up(&self, last: Last, is: impl FnOnce(&Whose) -> bool) -> Option<Response> {
-        let stream = self.streams.all.lock().get(&last.id).filter(|stream| is(&stream.whose)).cloned()?;
-        let (reader, numbering) = stream.recording.reader_after(last.event)?;
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn take_up(
+        &self,
+        last: Last,
+        is: impl FnOnce(&Whose) -> bool,
+        purges: &Purges,
+    ) -> Result<Response, Lost> {
+        let stream = self.streams.all.lock().get(&last.id).cloned().ok_or(Lost::Unknown)?;
+        if !is(&stream.whose) {
+            return Err(Lost::Other);
+        }
+        if purges.standing(stream.footing.number, &stream.footing.names) == Standing::Gone {
+            return Err(Lost::Unknown);
+        }
+        let (reader, numbering) = stream.recording.reader_after(last.event).ok_or(Lost::Gone)?;
         let body = Numbered {
             body: reader,
             labels: Labels::after(last.id.hex(), numbering, last.event),
@@ -285,12 +359,35 @@ impl Resume {
         *response.version_mut() = stream.version;
         *response.headers_mut() = stream.headers.clone();
         *response.extensions_mut() = stream.extensions.clone();
-        Some(response)
+        Ok(response)
+    }
+}
+
+/// Keeps a stream as long as it can be taken up, and copies it.
+async fn keep(streams: Weak<Streams>, id: Id, stream: Arc<Stream>, after: Duration, mut copier: Option<Copier>) {
+    let copying = async {
+        if let Some(copier) = &mut copier {
+            copier.run(&stream).await;
+        }
+        // What is copied is kept all the same.
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = hold(&streams, id, &stream, after) => {}
+        () = copying => {}
+    }
+    if let Some(streams) = streams.upgrade() {
+        streams.remove(id);
+    }
+    // It goes at once, whatever Redis does.
+    drop(stream);
+    if let Some(copier) = copier {
+        copier.end().await;
     }
 }
 
 /// Holds a stream for as long as somebody reads it, and for this long after.
-async fn keep(streams: Weak<Streams>, id: Id, stream: Arc<Stream>, after: Duration) {
+async fn hold(streams: &Weak<Streams>, id: Id, stream: &Stream, after: Duration) {
     while let Some(left) = stream.recording.deserted().await {
         // Without an id nobody can come again.
         if !stream.is_known.load(Ordering::Relaxed) {
@@ -305,9 +402,6 @@ async fn keep(streams: Weak<Streams>, id: Id, stream: Arc<Stream>, after: Durati
         if stream.recording.expire(after) {
             break;
         }
-    }
-    if let Some(streams) = streams.upgrade() {
-        streams.remove(id);
     }
 }
 

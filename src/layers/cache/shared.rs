@@ -32,6 +32,7 @@ use tokio::{
 
 use super::{
     config::{self, Config},
+    copies,
     date::since_epoch,
     encoding::{self, Record},
     hub::{Hub, clock},
@@ -309,6 +310,44 @@ impl Shared {
             // Without Redis memory goes on alone.
             Err(Failure::Unavailable) if !self.hub.redis.is_up() => Holds::Yes,
             Err(_) => Holds::Unknown,
+        }
+    }
+
+    /// What Redis knows now of purges of these names, beside those that it does not know of yet.
+    ///
+    /// # Errors
+    /// It does not answer, or does not take what was purged here.
+    pub(super) async fn marks_of(&self, names: &Names) -> Result<Marks, Failure> {
+        self.hub.told(names).await?;
+        Ok(self.marks(names).await?.1)
+    }
+
+    /// What is left of what had these marks.
+    ///
+    /// # Errors
+    /// As [`marks_of`](Self::marks_of).
+    pub(super) async fn standing_of(&self, own: &Marks, names: &Names) -> Result<Standing, Failure> {
+        let now = self.marks_of(names).await?;
+        self.standing(own, &now, names).await
+    }
+
+    /// What is left, as far as this replica knows, of what was asked for when `number` was the last purge.
+    pub(super) fn standing_here(&self, number: u64, names: &Names) -> Standing {
+        self.hub.purges.standing(number, names)
+    }
+
+    /// Whether this replica has heard of all that others have purged since.
+    pub(super) fn hears_since(&self, at: u64) -> bool {
+        self.hub.hears_since().is_some_and(|since| since <= at)
+    }
+
+    /// The copies of the streams of the route that can be taken up again.
+    pub(super) fn copies(&self) -> copies::Of {
+        copies::Of {
+            copies: self.hub.copies().clone(),
+            shared: self.clone(),
+            limit: self.of.max_body,
+            metrics: self.of.metrics.clone(),
         }
     }
 

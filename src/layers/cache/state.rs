@@ -63,14 +63,18 @@ impl State {
             Some((route.clone(), all.iter().rev().find_map(|(_, kept)| kept.upgrade())?))
         };
         let kept: Vec<_> = self.purger.kept.lock().iter().filter_map(live).collect();
+        let streams = self.streams.lock();
         let mut figures: Vec<_> = kept
             .into_iter()
             .map(|(route, kept)| {
                 let (entries, bytes) = kept.size();
                 let (in_flight, in_flight_bytes) = kept.in_flight();
-                Figures { route, entries, bytes, in_flight, in_flight_bytes }
+                let held = streams.get(&route).and_then(Weak::upgrade).map(|streams| streams.size());
+                let (resumable, resumable_bytes) = held.unwrap_or_default();
+                Figures { route, entries, bytes, in_flight, in_flight_bytes, resumable, resumable_bytes }
             })
             .collect();
+        drop(streams);
         figures.sort_by(|a, b| a.route.cmp(&b.route));
         figures
     }
@@ -125,4 +129,8 @@ pub struct Figures {
     pub in_flight: usize,
     /// What is there of them, in bytes: at most as much as may be kept.
     pub in_flight_bytes: u64,
+    /// Streams that can be taken up again.
+    pub resumable: usize,
+    /// About so much memory, in bytes.
+    pub resumable_bytes: u64,
 }

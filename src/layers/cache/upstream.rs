@@ -137,7 +137,7 @@ impl Gate {
                     let fwd_status = Some(response.status());
                     CacheStatus { fwd_status, ..*status }.append(response.headers_mut());
                     self.note(&question.head, whose);
-                    Step::Done(Ok(self.resumable(response, question.own, &question.owner)))
+                    Step::Done(Ok(self.resumable(response, self.footing(question))))
                 })
             }
             Outcome::Failed { first: error, kind, retry_after } => {
@@ -274,7 +274,8 @@ impl Gate {
         }
         head.method = if head.method == http::Method::HEAD { http::Method::GET } else { head.method };
         let (body, primary, asked) = (question.body.clone(), question.primary, Directives::default());
-        let question = Question { head, body, primary, asked, bypass: None, own: None, owner: Owner::Unknown };
+        let question =
+            Question { head, body, primary, asked, bypass: None, own: None, owner: Owner::Unknown, since: (0, 0) };
         if let Ok(Some((asking, true))) = self.join(inner, &question, key, Some(stored)) {
             self.metrics.refreshed.inc();
             self.finish(asking);

@@ -134,7 +134,8 @@ where
         if let Some(parameters) = &self.parameters {
             request.extensions_mut().insert(parameters.clone());
         }
-        Question::new(request.into_parts().0, Bytes::new(), &self.gate.route, &self.gate.config).ok()
+        let Gate { route, config, kept, .. } = &*self.gate;
+        Question::new(request.into_parts().0, Bytes::new(), route, config, &kept.purges).ok()
     }
 
     /// How long until it has to be asked for again: `refresh` before it is stale, or the last tenth of its time. `None`

@@ -52,6 +52,8 @@ pub(super) struct Held {
     pub(super) from: Numbering,
     /// What was counted before some of the others, by their numbers.
     pub(super) marks: VecDeque<(usize, Numbering)>,
+    /// The bytes before that.
+    pub(super) passed: u64,
     /// Its part of the memory that there is for this.
     pub(super) share: Share,
     pub(super) alone: bool,
@@ -59,6 +61,8 @@ pub(super) struct Held {
     pub(super) left: Option<Instant>,
     /// The same for the first time after its end: what has ended is not kept any longer for being asked for again.
     pub(super) over: Option<Instant>,
+    /// Whether it is copied: then somebody waits for what is new who is no reader.
+    pub(super) copied: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -194,6 +198,7 @@ impl State {
                     while held.marks.front().is_some_and(|(frame, _)| *frame < self.gone) {
                         held.marks.pop_front();
                     }
+                    held.passed += data.len() as u64;
                 }
                 None => self.budget.give_back(data.len()),
             }

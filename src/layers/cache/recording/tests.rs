@@ -439,6 +439,47 @@ async fn of_what_broke_off_only_what_was_missed_can_be_taken_up() {
     assert!(stage.recording.reader_after(2).is_none(), "the upstream is asked again");
 }
 
+#[tokio::test]
+async fn a_copier_gets_what_is_kept_and_is_told_of_what_is_new_and_of_the_end() {
+    let (mut stage, _streams) = held(40, 1 << 20);
+    let recording = stage.recording.clone();
+    let copy = |from: &Cursor, most| recording.copy(from, most);
+    let start = stage.recording.copied().unwrap();
+    let mut reader = stage.recording.reader().unwrap();
+    assert!(matches!(copy(&start, 9), Copied::Nothing));
+    tokio::join!(stage.recording.news(&start), async {
+        stage.say("data: 1\n\n");
+        assert!(matches!(copy(&start, 9), Copied::Nothing), "it asks no upstream");
+        read(&mut reader);
+    });
+    let Copied::Data(pieces, mut next) = copy(&start, 4) else { panic!("there is some") };
+    assert_eq!((pieces.concat(), next.at), (b"data".to_vec(), 4));
+    for piece in &pieces {
+        next.numbering.pass(piece);
+    }
+    let Copied::Data(pieces, next) = copy(&next, 100) else { panic!("and more") };
+    assert_eq!((pieces.concat(), next.at), (b": 1\n\n".to_vec(), 9));
+    // One that is left behind too far has missed something, and can begin with what is there.
+    for _ in 0..9 {
+        stage.say("data: 2\n\n");
+    }
+    read(&mut reader);
+    assert!(matches!(copy(&next, 9), Copied::Missed));
+    let front = stage.recording.copied().unwrap();
+    assert_eq!((front.at, front.numbering.count()), (54, 6));
+    let Copied::Data(pieces, end) = copy(&front, 100) else { panic!("what is kept") };
+    assert_eq!((pieces.concat(), end.at), ("data: 2\n\n".repeat(4).into_bytes(), 90));
+    let (_, before) = stage.recording.last_reader().unwrap();
+    assert_eq!(before, 90);
+    assert!(stage.recording.news(&end).now_or_never().is_none());
+    stage.hang_up();
+    tokio::join!(stage.recording.news(&end), async { assert!(reader.frame().await.is_none()) });
+    assert!(matches!(stage.recording.copy(&end, 9), Copied::Whole(None)));
+    stage.recording.let_go();
+    assert!(matches!(stage.recording.copy(&end, 9), Copied::LetGo));
+    assert!(stage.recording.copied().is_none() && stage.recording.is_let_go());
+}
+
 proptest! {
     #[test]
     fn whoever_reads_when_all_get_the_same(

@@ -14,6 +14,8 @@ pub(super) struct Waiting {
     readers: Mutex<Vec<Option<Waker>>>,
     /// Who reads on for nobody.
     pub(super) keeper: AtomicWaker,
+    /// Who copies what has come.
+    pub(super) copier: AtomicWaker,
 }
 
 impl Waiting {
