@@ -320,7 +320,18 @@ async fn what_was_purged_is_not_taken_up_on_any_replica() {
         }
         // Whoever is told.
         let told = if n % 2 == 0 { &a } else { &b };
+        let held = async || a.admin_get("/cache").await.json()["caches"][0]["resumable_bytes"].clone();
+        assert_ne!(held().await, 0);
+        // What somebody reads is there for as long as that lasts.
+        let client = Some(client).filter(|_| purge != "all");
         assert_eq!(told.admin_post(&format!("/cache/purge?{purge}")).await.status(), 200);
+        if purge == "all" {
+            eventually("the memory to be given back where another was told", async || {
+                told.admin_post("/cache/purge?all").await;
+                held().await == 0
+            })
+            .await;
+        }
         for proxy in [&a, &b] {
             eventually("all to know of it", async || !is_resumed(&backend, proxy, ask(&last(&id, 1))).await).await;
         }

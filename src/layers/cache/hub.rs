@@ -35,6 +35,7 @@ use super::{
     kept::Kept,
     marks,
     purge::{Names, Purges, Standing, Target},
+    resume::Streams,
     shared::Write,
 };
 use crate::store::{Failure, Heard, Key, Redis, Script, Subscription};
@@ -70,6 +71,8 @@ pub(super) type Known = ((Config, String), Weak<Kept>);
 pub(super) struct Purger {
     pub(super) purges: Arc<Purges>,
     pub(super) kept: Mutex<ByRoute>,
+    /// The streams that can be taken up again, by route. They live as long as a layer has them.
+    pub(super) streams: Mutex<HashMap<String, Weak<Streams>>>,
     hubs: Mutex<Vec<Weak<Hub>>>,
     /// Whether there has been a cache whose answers are the same for any host.
     pub(super) any_host: AtomicBool,
@@ -108,6 +111,10 @@ impl Purger {
             let all: Vec<_> = self.kept.lock().values().flatten().filter_map(|(_, kept)| kept.upgrade()).collect();
             for kept in &all {
                 kept.clear();
+            }
+            let all: Vec<_> = self.streams.lock().values().filter_map(Weak::upgrade).collect();
+            for streams in &all {
+                streams.shrink(0);
             }
         }
         number

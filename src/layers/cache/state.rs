@@ -1,7 +1,6 @@
 //! All caches of the process: what outlives a configuration.
 
 use std::{
-    collections::HashMap,
     fmt,
     sync::{Arc, Weak, atomic::Ordering},
     time::Duration,
@@ -23,8 +22,6 @@ use crate::telemetry::metrics::CacheMetrics;
 #[derive(Default)]
 pub struct State {
     pub(super) purger: Arc<Purger>,
-    /// The streams that can be taken up again, by route. They live as long as a layer has them.
-    streams: Mutex<HashMap<String, Weak<Streams>>>,
     /// What goes on behind the requests: answers asked for anew, or read to their ends. Ends with the process.
     pub(super) tasks: Arc<Mutex<JoinSet<()>>>,
 }
@@ -42,12 +39,6 @@ impl State {
     /// heard of it: within milliseconds, or when it is back.
     pub fn purge(&self, target: &Target, soft: bool) {
         self.purger.purge(target, soft);
-        if let (Target::All, false) = (target, soft) {
-            let streams: Vec<_> = self.streams.lock().values().filter_map(Weak::upgrade).collect();
-            for streams in streams {
-                streams.shrink(0);
-            }
-        }
     }
 
     /// Waits until Redis has heard of all that was purged and stored, for as long as `patience`. For the end of the
@@ -63,7 +54,7 @@ impl State {
             Some((route.clone(), all.iter().rev().find_map(|(_, kept)| kept.upgrade())?))
         };
         let kept: Vec<_> = self.purger.kept.lock().iter().filter_map(live).collect();
-        let streams = self.streams.lock();
+        let streams = self.purger.streams.lock();
         let mut figures: Vec<_> = kept
             .into_iter()
             .map(|(route, kept)| {
@@ -81,7 +72,7 @@ impl State {
 
     /// The streams of a route that can be taken up again, whatever its section says.
     pub(super) fn streams(&self, config: &Config, route: &str) -> Arc<Streams> {
-        let mut all = self.streams.lock();
+        let mut all = self.purger.streams.lock();
         all.retain(|_, streams| streams.strong_count() > 0);
         let streams = all.get(route).and_then(Weak::upgrade).unwrap_or_else(|| Streams::new(self.tasks.clone()));
         streams.limit(config.max_bytes.get());
