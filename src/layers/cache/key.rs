@@ -15,7 +15,10 @@ use ring::digest::{SHA256, digest};
 
 pub use self::part::{KeyPart, QueryName};
 use super::vary;
-use crate::message::{headers::X_FORWARDED_HOST, path::decode};
+use crate::message::{
+    headers::{X_FORWARDED_HOST, X_FORWARDED_PROTO},
+    path::decode,
+};
 
 /// The key of a stored answer: 256 bits that nobody finds a second request for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -153,6 +156,12 @@ impl Keys<'_> {
                 hash.put(Tag::Value, pair);
             }
         }
+        if let Some(said) = field(asks.headers, &X_FORWARDED_PROTO)
+            && !is_understood(&said, asks)
+        {
+            hash.put(Tag::Header, X_FORWARDED_PROTO.as_str().as_bytes());
+            hash.put(Tag::Value, &said);
+        }
         for name in &X_FORWARDED {
             if let Some(value) = field(asks.headers, name) {
                 hash.put(Tag::Header, name.as_str().as_bytes());
@@ -278,6 +287,16 @@ pub(super) fn field<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<Cow
     let mut lines = headers.get_all(name).iter().map(HeaderValue::as_bytes);
     let first = lines.next()?;
     Some(lines.fold(Cow::Borrowed(first), |before, line| [&*before, b", ", line].concat().into()))
+}
+
+/// Whether `X-Forwarded-Proto` says no more than the scheme, which has its part in the key where there is a host. The
+/// upstream gets the field as a trusted proxy sent it, and may make something else of it than we do.
+fn is_understood(said: &[u8], asks: &Asks<'_>) -> bool {
+    match said {
+        b"http" => !asks.https,
+        b"https" => asks.https || asks.host.is_empty(),
+        _ => false,
+    }
 }
 
 /// What `Forwarded` says of hosts and schemes (RFC 7239 §4), and not of who the client and the proxies are.

@@ -100,6 +100,22 @@ fn each_part_of_the_request_counts() {
 }
 
 #[test]
+fn a_forwarded_scheme_counts_where_it_is_more_than_was_understood() {
+    let of = |https, host, said| key(&Case { https, host, headers: vec![("x-forwarded-proto", said)], ..case() });
+    assert_eq!(of(false, "a.example", "http"), key(&case()));
+    assert_eq!(of(true, "a.example", "https"), key(&Case { https: true, ..case() }));
+    let odd = ["", "http", "HTTPS", "wss", "https, \"evil\"", "https, https"];
+    for (n, said) in odd.into_iter().enumerate() {
+        for other in ["https", "x"].into_iter().chain(odd[..n].iter().copied()) {
+            assert_ne!(of(true, "a.example", said), of(true, "a.example", other), "{said} {other}");
+        }
+    }
+    // Where the host makes no difference, neither does the scheme; what is neither of the two may.
+    assert_eq!(of(false, "", "https"), of(false, "", "http"));
+    assert_ne!(of(false, "", "https, x"), of(false, "", "http"));
+}
+
+#[test]
 fn head_is_answered_with_what_get_got() {
     assert_eq!(key(&Case { method: "HEAD", ..case() }), key(&case()));
 }
