@@ -16,7 +16,7 @@
 //! | `GET /health/upstreams` | their health alone, with the last check |
 //! | `POST /upstreams/{upstream}/drain` | sends nothing more to the endpoint in `?endpoint=`; what is in flight goes on. Kept over reloads, also where one leaves it alone in its upstream |
 //! | `POST /upstreams/{upstream}/undrain` | sends to it again |
-//! | `GET /sessions` | up to `?limit=` (100, at most 1000) sessions, of `?principal=` or all: the beginning of the digest of each, when it began and was last seen, whose it is. In a cluster, of all primaries. `complete` is false where there are more, or Redis took longer than 10 s |
+//! | `GET /sessions` | up to `?limit=` (100, at most 1000) sessions, of `?principal=` (an id; or `ID ISSUER`, where there may be several issuers) or all: the beginning of the digest of each, when it began and was last seen, whose it is. In a cluster, of all primaries. `complete` is false where there are more, or Redis took longer than 10 s |
 //! | `DELETE /sessions/{id}` | revokes one, by its `id` in the list; other replicas may take two seconds |
 //! | `DELETE /sessions` | revokes all of the principal in `?principal=`; again, where `complete` is false |
 //! | `GET /cache` | the caches of the routes: what they hold, and what they did |

@@ -120,10 +120,27 @@ pub struct RequestId(pub HeaderValue);
 /// has its id from the record of the exchange.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Principal {
-    /// Who it is: the same for all credentials of one principal.
+    /// What its credential calls it: what the upstream and the log are told.
     pub id: Arc<str>,
+    /// Who it is, for all that counts or keeps by principal: the same for all credentials of one, and of nobody else. Its
+    /// id; where several give ids, with a space, which no id has in it, and who gave it.
+    pub identity: Arc<str>,
     /// What kind of principal it is, for limits and exemptions.
     pub tier: Option<Arc<str>>,
+}
+
+impl Principal {
+    /// The one whom everybody means by this id.
+    pub fn new(id: impl Into<Arc<str>>, tier: Option<Arc<str>>) -> Self {
+        let id = id.into();
+        Self { identity: id.clone(), id, tier }
+    }
+
+    /// The one whom `issuer` means by this id (RFC 7519 §4.1.2): others may mean somebody else.
+    #[must_use]
+    pub fn issued_by(self, issuer: &str) -> Self {
+        Self { identity: format!("{} {issuer}", self.id).into(), ..self }
+    }
 }
 
 /// The session that a request belongs to.

@@ -323,3 +323,46 @@ async fn a_rotated_set_in_a_file_takes_effect() {
     proxy.line("reloaded").await;
     assert_eq!((status(&second).await, status(&first).await), (200, 401), "a token that was verified before, too");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whom_two_issuers_call_the_same_are_two() {
+    let signer = Issuer::new("one");
+    let (_folder, file) = keys(&[&signer.set()]);
+    let backend = Recorder::scripted(|before, _| {
+        let fields = "cache-control: max-age=600\r\ncontent-length: 1\r\n";
+        format!("HTTP/1.1 200 OK\r\n{fields}\r\n{before}")
+    })
+    .await;
+    let yaml = format!(
+        "defaults: {{ auth: {{ jwt: {{ algorithms: ES256, audience: api, jwks: {{ file: {file} }} }} }} }}
+routes:
+  - {{ upstream: api, cache: {{}} }}
+  - {{ match: {{ path: /session }}, upstream: api, session: {{ header: x-own }} }}
+  - {{ match: {{ path: /limit }}, upstream: api, rate_limit: [{{ name: few, key: principal, limit: 1/h }}] }}"
+    );
+    let proxy = Proxy::before(&backend.url(), &yaml).await;
+    let by = |issuer: &str| {
+        let mut claims = claims("dave");
+        claims["iss"] = issuer.into();
+        signer.bearer(&claims)
+    };
+    let (ours, theirs) = (by("https://us.example"), by("https://them.example"));
+    let get = async |path: &str, fields: &str| proxy.ask(head(&format!("GET {path}"), fields)).await;
+
+    assert_eq!((get("/", &ours).await.text(), get("/", &theirs).await.text()), ("0".to_owned(), "1".to_owned()));
+    assert_eq!((get("/", &ours).await.text(), get("/", &theirs).await.text()), ("0".to_owned(), "1".to_owned()));
+
+    let statuses = (get("/limit", &ours).await.status(), get("/limit", &theirs).await.status());
+    assert_eq!((statuses, get("/limit", &ours).await.status()), ((200, 200), 429));
+
+    let own = get("/session", &ours).await.head.get("x-own").expect("one begins").to_owned();
+    for (bearer, is_own) in [(&ours, true), (&theirs, false)] {
+        let answer = get("/session", &format!("{bearer}x-own: {own}\r\n")).await;
+        assert_eq!(answer.head.get("x-own").is_none(), is_own, "of another, a new one begins");
+    }
+    let listed = proxy.admin_get("/sessions?principal=dave").await.json();
+    assert_eq!(listed["sessions"].as_array().expect("a list").len(), 2, "{listed}");
+    for principal in backend.requests().iter().map(|request| request.head.get("x-principal-id").map(str::to_owned)) {
+        assert_eq!(principal.as_deref(), Some("dave"));
+    }
+}

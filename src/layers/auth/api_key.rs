@@ -188,7 +188,7 @@ fn entry(line: &str) -> Result<Option<Entry>, Cow<'static, str>> {
             return Err("has one of `tier=`, `routes=` and `expires=` twice".into());
         }
     }
-    Ok(Some(Entry { digest, principal: Principal { id: id.as_str().into(), tier }, routes, expires }))
+    Ok(Some(Entry { digest, principal: Principal::new(id.as_str(), tier), routes, expires }))
 }
 
 /// The words of a line: white space ends a word but for within `"`; from a `#` at the beginning of a word on it is

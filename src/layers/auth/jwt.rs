@@ -32,6 +32,8 @@ use crate::{
 
 /// How many verified tokens a route remembers at most. About 300 bytes each.
 const MAX_VERIFIED: usize = 8192;
+/// The longest name of an issuer, in bytes.
+const MAX_ISSUER: usize = 512;
 
 /// Which tokens are taken. Section `jwt` of `auth`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
@@ -49,7 +51,8 @@ pub struct Config {
     pub jwks: Option<jwks::Config>,
     /// Whom tokens must be for, `aud`: one of these, or `any`.
     pub audience: OneOrMany<String>,
-    /// Who must have issued them, `iss`: one of these. Default: whoever has the key.
+    /// Who must have issued them, `iss`: one of these. Default: whoever has the key. Without it, or with several, the
+    /// same id by another issuer is another principal: to the cache, sessions and rate limits it is `ID ISSUER`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub issuer: Option<OneOrMany<String>>,
     /// How much clocks may differ, up to 5m. Default `30s`.
@@ -127,6 +130,11 @@ impl Check for Config {
 impl Config {
     fn any_audience(&self) -> bool {
         self.audience.iter().any(|audience| audience == "any")
+    }
+
+    /// Whether there may be several issuers, each of which has names of its own for principals.
+    fn has_issuers(&self) -> bool {
+        self.issuer.as_ref().is_none_or(|issuers| issuers.iter().count() > 1)
     }
 }
 
@@ -282,8 +290,13 @@ impl Verifier {
         if time("nbf")?.is_some_and(|begins| now < begins - leeway) {
             return Err(Refused::NotYet);
         }
+        let issuer = match claims.get("iss") {
+            None => None,
+            Some(Value::String(issuer)) if issuer.len() <= MAX_ISSUER => Some(issuer),
+            Some(_) => return Err(Refused::Issuer),
+        };
         if let Some(issuers) = &self.config.issuer
-            && !claims.get("iss").and_then(Value::as_str).is_some_and(|iss| issuers.iter().any(|issuer| issuer == iss))
+            && !issuer.is_some_and(|issuer| issuers.iter().any(|known| known == issuer))
         {
             return Err(Refused::Issuer);
         }
@@ -299,7 +312,7 @@ impl Verifier {
                 return Err(Refused::Audience);
             }
         }
-        let id = match claims.get(&self.config.id) {
+        let id: Arc<str> = match claims.get(&self.config.id) {
             Some(Value::String(id)) if is_word(id) => id.as_str().into(),
             Some(Value::Number(id)) if id.is_i64() || id.is_u64() => id.to_string().into(),
             _ => return Err(Refused::Principal),
@@ -309,7 +322,11 @@ impl Verifier {
             Some(Value::String(tier)) if is_word(tier) => Some(tier.as_str().into()),
             Some(_) => return Err(Refused::Principal),
         };
-        Ok((Principal { id, tier }, expires))
+        let principal = Principal::new(id, tier);
+        Ok(match issuer.filter(|_| self.config.has_issuers()) {
+            Some(issuer) => (principal.issued_by(issuer), expires),
+            None => (principal, expires),
+        })
     }
 }
 
@@ -448,6 +465,27 @@ pub(super) mod tests {
         assert_eq!(verify(&verifier, &sign(&never)).await, Err(Refused::NoExpiry));
         let lenient = self::verifier(json!({ "require_exp": false, "audience": "any" }));
         assert_eq!(verify(&lenient, &sign(&json!({ "sub": "a" }))).await.as_deref(), Ok("a"));
+    }
+
+    #[tokio::test]
+    async fn whom_two_issuers_call_the_same_are_two() {
+        let now = UNIX_EPOCH + Duration::from_secs(NOW);
+        let told = async |settings: Value, issuer: Value| {
+            let more = if issuer.is_null() { json!({}) } else { json!({ "iss": issuer }) };
+            let token = sign(&claims(more));
+            let principal = verifier(settings).verify(token.as_bytes(), digest_of(token.as_bytes()), now).await?;
+            assert_eq!(&*principal.id, "alice");
+            Ok(principal.identity.to_string())
+        };
+        for settings in [json!({}), json!({ "issuer": ["us", "them"] })] {
+            assert_eq!(told(settings.clone(), json!("us")).await.as_deref(), Ok("alice us"));
+            assert_eq!(told(settings.clone(), json!("them")).await.as_deref(), Ok("alice them"));
+        }
+        assert_eq!(told(json!({ "issuer": "us" }), json!("us")).await.as_deref(), Ok("alice"), "there is no other");
+        assert_eq!(told(json!({}), Value::Null).await.as_deref(), Ok("alice"));
+        for odd in [json!(["us"]), json!(7), json!("a".repeat(MAX_ISSUER + 1))] {
+            assert_eq!(told(json!({}), odd).await, Err(Refused::Issuer));
+        }
     }
 
     #[tokio::test]

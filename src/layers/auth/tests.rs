@@ -87,7 +87,7 @@ async fn a_good_key_becomes_its_principal() {
     for request in [get().header("x-api-key", setup.key(0)), get().header("authorization", &bearer)] {
         let head =
             ask(&layer, request.header("x-principal-id", "root").header("X_Principal_Tier", "root")).await.unwrap();
-        assert_eq!(head.extensions.get(), Some(&Principal { id: "alice".into(), tier: Some("gold".into()) }));
+        assert_eq!(head.extensions.get(), Some(&Principal::new("alice", Some("gold".into()))));
         let mut fields: Vec<_> =
             head.headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
         fields.sort_unstable();

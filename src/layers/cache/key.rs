@@ -118,7 +118,7 @@ pub(super) struct Asks<'a> {
     /// As it was sent.
     pub(super) query: Option<&'a str>,
     pub(super) headers: &'a HeaderMap,
-    /// The id of the authenticated principal.
+    /// Who the authenticated principal is.
     pub(super) principal: Option<&'a str>,
     /// Its tier.
     pub(super) tier: Option<&'a str>,

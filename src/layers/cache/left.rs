@@ -41,7 +41,7 @@ impl Owner {
     /// Who sends a request.
     pub(super) fn of(head: &Parts) -> Self {
         match (head.extensions.get::<Principal>(), client_ip(&head.extensions)) {
-            (Some(principal), _) => Self::Principal(principal.id.clone()),
+            (Some(principal), _) => Self::Principal(principal.identity.clone()),
             (None, Some(ip)) => Self::Net(Net::of(ip)),
             (None, None) => Self::Unknown,
         }
@@ -168,7 +168,7 @@ mod tests {
                     }
                     Err(_) if owner.is_empty() => {}
                     Err(_) => {
-                        request.extensions_mut().insert(Principal { id: owner.into(), tier: None });
+                        request.extensions_mut().insert(Principal::new(owner, None));
                     }
                 }
                 let mut answer = service.clone().oneshot(request.map(|()| Body::empty())).await.unwrap();

@@ -184,7 +184,7 @@ impl Question {
             path: head.uri.path(),
             query: head.uri.query(),
             headers: &head.headers,
-            principal: principal.map(|principal| &*principal.id),
+            principal: principal.map(|principal| &*principal.identity),
             tier: principal.and_then(|principal| principal.tier.as_deref()),
             session: session.map(|session| &*session.id),
             body: digest.as_ref().map(AsRef::as_ref),

@@ -22,7 +22,7 @@ pub(super) fn write(part: &KeyPart, route: &str, head: &Parts, out: &mut String)
         KeyPart::Route => return name(route, out),
         KeyPart::Ip => return address(head, out),
         KeyPart::Principal => match head.extensions.get::<Principal>() {
-            Some(principal) => return id(&principal.id, out),
+            Some(principal) => return id(&principal.identity, out),
             None => None,
         },
         KeyPart::Session => match head.extensions.get::<Session>().filter(|session| session.known) {

@@ -248,7 +248,7 @@ pub enum Which<'a> {
     All,
     /// That of which this is the beginning of the digest: at least 16 hexadecimal digits.
     Id(&'a str),
-    /// Those of one principal.
+    /// Those of one principal: by its id, whoever gave it, or by all that it is.
     Principal(&'a str),
 }
 
@@ -264,7 +264,10 @@ impl Which<'_> {
         match self {
             Self::All => true,
             Self::Id(digits) => digest.starts_with(digits),
-            Self::Principal(id) => principal == Some(id),
+            Self::Principal(whose) => {
+                let rest = principal.and_then(|principal| principal.strip_prefix(whose));
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+            }
         }
     }
 }

@@ -306,7 +306,7 @@ impl Desk {
     /// Finds or makes the session of a request, and lets the request say so. What the client has to be told of it, and
     /// what is to be kept then, if it is new.
     async fn enter(&self, head: &mut http::request::Parts) -> Result<(Told, Option<Begins>), Error> {
-        let principal = head.extensions.get().map(|principal: &Principal| principal.id.clone());
+        let principal = head.extensions.get().map(|principal: &Principal| principal.identity.clone());
         let Entered { id, new, stale, failed } = self.session_of(&head.headers, principal.as_ref()).await?;
         self.pass_on(&mut head.headers, &id);
         let session = Session { id: id.digest().hex().into(), known: new.is_none() && failed.is_none() };

@@ -66,7 +66,7 @@ fn of(id: &str) -> http::request::Builder {
 }
 
 fn by(request: http::request::Builder, principal: &str) -> http::request::Builder {
-    request.extension(Principal { id: principal.into(), tier: None })
+    request.extension(Principal::new(principal, None))
 }
 
 /// The id that the upstream was told.
@@ -269,7 +269,11 @@ async fn operators_see_digests_and_can_end_what_they_see() {
     let short = nobodys.0.extensions.get::<Session>().unwrap().short().to_owned();
     assert_eq!(setup.state.revoke(None, Which::Id(&short)).await.unwrap().found, 1);
     assert_ne!(id(&ask(&layer, of(&id(&nobodys))).await), id(&nobodys));
-    assert_eq!(setup.state.revoke(None, Which::Principal("alice")).await.unwrap().found, 1);
+    ask(&layer, by(get(), "alice by")).await;
+    for (whose, found) in [("alice", 2), ("alice by", 1), ("alice b", 0), ("ali", 0)] {
+        assert_eq!(list(Which::Principal(whose)).await.len(), found, "{whose}");
+    }
+    assert_eq!(setup.state.revoke(None, Which::Principal("alice")).await.unwrap().found, 2);
     assert_ne!(id(&ask(&layer, by(of(&alices), "alice")).await), alices);
     assert_eq!(id(&ask(&layer, by(of(&bobs), "bob")).await), bobs);
     let shown = format!("{:?}{:?}", list(Which::All).await, setup.state);
