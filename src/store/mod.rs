@@ -22,7 +22,7 @@ pub use ::redis::{FromRedisValue, ToRedisArgs};
 
 pub use self::{
     config::Config,
-    redis::{Figures, Heard, Redis, State, Subscription, Walk},
+    redis::{Figures, Heard, Memory, Redis, State, Subscription, Walk},
     scripts::Script,
 };
 

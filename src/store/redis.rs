@@ -132,6 +132,20 @@ impl Connection {
         // An error that Redis answers is a value so far.
         value?.extract_error()
     }
+
+    /// To this node of a cluster, or to all primaries, whose answers come by node.
+    async fn send_to(&mut self, node: Option<(String, u16)>, command: &Cmd) -> RedisResult<Value> {
+        match self {
+            Self::Single(_) => self.send(command).await,
+            Self::Cluster(cluster) => {
+                let to = match node {
+                    None => RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None)),
+                    Some((host, port)) => RoutingInfo::SingleNode(SingleNodeRoutingInfo::ByAddress { host, port }),
+                };
+                cluster.route_command(command.clone(), to).await?.extract_error()
+            }
+        }
+    }
 }
 
 /// Whether calls pass.
@@ -349,6 +363,22 @@ impl Redis {
         Walk { beginning, left: vec![(None, 0)] }
     }
 
+    /// How full it is; none where it has no `maxmemory`.
+    ///
+    /// # Errors
+    /// See [`Failure`].
+    pub async fn memory(&self) -> Result<Option<Memory>, Failure> {
+        let mut command = ::redis::cmd("INFO");
+        command.arg("memory");
+        let answer = self.0.shared.call("memory", async |connection| connection.send_to(None, &command).await);
+        let texts: Vec<Value> = match answer.await? {
+            Value::Map(nodes) => nodes.into_iter().map(|(_, text)| text).collect(),
+            text => vec![text],
+        };
+        let texts = texts.into_iter().filter_map(|text| String::from_redis_value(text).ok());
+        Ok(texts.filter_map(|text| Memory::of(&text)).max_by_key(|Memory { used, max }| used.saturating_mul(100) / max))
+    }
+
     async fn send<T: FromRedisValue>(&self, what: &'static str, command: &Cmd) -> Result<T, Failure> {
         self.0.shared.call(what, async |connection| connection.send(command).await).await
     }
@@ -393,6 +423,24 @@ impl Redis {
             mode: shared.dialer.mode(),
             addresses: shared.resolved.config.url.iter().map(super::config::Address::name).collect(),
         }
+    }
+}
+
+/// How full a Redis is: in a cluster, the fullest of its primaries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// `used_memory`, in bytes.
+    pub used: u64,
+    /// `maxmemory`, in bytes.
+    pub max: u64,
+}
+
+impl Memory {
+    /// What `INFO memory` says; none where there is no `maxmemory`.
+    fn of(text: &str) -> Option<Self> {
+        let number = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        let (used, max) = (number("used_memory:")?, number("maxmemory:").filter(|max| *max > 0)?);
+        Some(Self { used, max })
     }
 }
 
@@ -441,20 +489,8 @@ impl Walk {
         let Some((node, cursor)) = self.left.last().cloned() else { return Ok(Vec::new()) };
         let mut command = ::redis::cmd("SCAN");
         command.arg(cursor).arg("MATCH").arg(format!("{}*", self.beginning)).arg("COUNT").arg(Self::STEP);
-        let answer: Value = redis
-            .0
-            .shared
-            .call("scan", async |connection| match connection {
-                Connection::Single(_) => connection.send(&command).await,
-                Connection::Cluster(cluster) => {
-                    let to = match node.clone() {
-                        None => RoutingInfo::MultiNode((MultipleNodeRoutingInfo::AllMasters, None)),
-                        Some((host, port)) => RoutingInfo::SingleNode(SingleNodeRoutingInfo::ByAddress { host, port }),
-                    };
-                    cluster.route_command(command.clone(), to).await?.extract_error()
-                }
-            })
-            .await?;
+        let answer: Value =
+            redis.0.shared.call("scan", async |connection| connection.send_to(node.clone(), &command).await).await?;
         let scanned = match answer {
             Value::Map(nodes) => nodes.into_iter().map(|(name, answer)| (address(&name), answer)).collect(),
             answer => vec![(node, answer)],

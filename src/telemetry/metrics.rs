@@ -316,7 +316,7 @@ pub enum CacheInRedis {
     Failed,
     /// It was written.
     Stored,
-    /// It was not written: too many others were waiting, or Redis was out of order.
+    /// It was not written: too many others were waiting, Redis was out of order, or nearly full.
     Dropped,
 }
 

@@ -698,6 +698,77 @@ async fn large_bodies_are_compressed_in_redis_and_larger_ones_stay_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn answers_leave_room_in_redis_for_what_else_is_there() {
+    const MOST: u64 = 32 << 20;
+    let redis = Redis::with(&["--maxmemory", &MOST.to_string(), "--maxmemory-policy", "noeviction"]).await;
+    let backend = Recorder::scripted(|_, _| ok("cache-control: max-age=600\r\n", &"x".repeat(200 << 10))).await;
+    let proxy = replica(&backend.url(), &at(&redis), "{ redis: { compress_above: 256KiB } }").await;
+    let told = || proxy.logged().lines().filter(|line| line.contains("no more answers are kept in redis")).count();
+    let ask = async || proxy.get(&format!("/{}", backend.count())).await;
+    eventually("redis to be nearly full", async || {
+        ask().await;
+        told() > 0
+    })
+    .await;
+    for _ in 0..50 {
+        ask().await;
+    }
+    let written = async || in_redis(&proxy, "stored").await;
+    let unwritten = async || in_redis(&proxy, "dropped").await;
+    let all = i64::try_from(backend.count()).unwrap();
+    eventually("all to be written or not", async || written().await + unwritten().await == all).await;
+    let info = redis.command(&["INFO", "memory"]).await;
+    let used: u64 = info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap().parse().unwrap();
+    figure(&format!("{} of {all} answers written, {} % of 32 MiB used", written().await, used * 100 / MOST));
+    assert!(used > MOST / 2 && used < MOST / 100 * 90, "{used}");
+    assert!(redis.command(&["SET", "limit", "1"]).await.starts_with("+OK"), "there is room for others");
+
+    redis.command(&["FLUSHALL"]).await;
+    let before = written().await;
+    eventually("answers to be kept there again", async || {
+        ask().await;
+        sleep(Duration::from_millis(20)).await;
+        written().await > before
+    })
+    .await;
+    proxy.line("answers are kept in redis again").await;
+    assert_eq!(told(), 1, "once");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_redis_that_took_no_more_is_left_alone_for_a_while() {
+    let (redis, backend) = (Redis::start().await, counting(HOUR).await);
+    // Nobody may ask how full it is.
+    redis.command(&["ACL", "SETUSER", "default", "-info"]).await;
+    let proxy = replica(&backend.url(), &at(&redis), "{}").await;
+    listen(&redis, 1).await;
+    proxy.get("/").await;
+    written(&proxy, 1).await;
+    redis.config_set("maxmemory", "1").await;
+    for n in 0..100 {
+        proxy.get(&format!("/{n}")).await;
+    }
+    let of = async |outcome| in_redis(&proxy, outcome).await;
+    eventually("none to be written", async || of("failed").await + of("dropped").await >= 100).await;
+    let (failed, dropped) = (of("failed").await, of("dropped").await);
+    assert!(failed < dropped, "{failed} were tried, {dropped} not");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_soon_stale_is_soon_gone_from_redis() {
+    let redis = Redis::start().await;
+    let backend = counting("cache-control: max-age=1\r\netag: \"e\"\r\n").await;
+    let proxy = replica(&backend.url(), &at(&redis), "{}").await;
+    proxy.get("/").await;
+    written(&proxy, 1).await;
+    for key in answers(&redis).await {
+        let left = redis.command(&["PTTL", &key]).await;
+        let left: u64 = left.trim_start_matches(':').trim().parse().unwrap();
+        assert!((1..=61_000).contains(&left), "{left}: as long again as it was fresh, at least a minute");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_route_may_do_without_redis() {
     let (redis, backend) = (Redis::start().await, counting(HOUR).await);
     let a = replica(&backend.url(), &at(&redis), "{ redis: off }").await;
@@ -893,7 +964,7 @@ routes: [{{ match: {{ path: /free }}, upstream: api }}, {{ upstream: api, name: 
 
     eventually("it to be used again", async || {
         let before = in_redis(&proxy, "stored").await;
-        proxy.get(&format!("/again/{before}")).await;
+        proxy.get(&format!("/again/{}", backend.count())).await;
         sleep(Duration::from_millis(20)).await;
         in_redis(&proxy, "stored").await > before
     })

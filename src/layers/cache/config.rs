@@ -137,7 +137,11 @@ pub struct Config {
     pub redis: Toggle<InRedis>,
 }
 
-/// Which answers are kept in Redis, for a day at most. Section `redis` of `cache`.
+/// Which answers are kept in Redis. Section `redis` of `cache`.
+///
+/// They live there for a day at most, and with an `ETag` or `Last-Modified`, once they are stale, for as long again as they
+/// were fresh, at least a minute. Limits, sessions and purges are in the same Redis: give it a `maxmemory`. While more than
+/// 85 % of it is used, and for 5s after it took no more, no answer is written there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 #[schemars(rename = "CacheInRedis")]

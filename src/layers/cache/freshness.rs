@@ -27,6 +27,8 @@ const ERROR_CAP: u64 = 1000;
 const NEGATIVE_CAP: u64 = 10_000;
 /// How long a stale answer with a validator is kept to be validated: as long again as it was fresh, within these.
 const KEEP: (u64, u64) = (HOUR, 24 * HOUR);
+/// At least so long in Redis, where what was fresh for a second is worth little room.
+const SHARE: u64 = 60_000;
 /// The longest time of any kind, in milliseconds: §1.2.2.
 const MOST: u64 = MAX_SECONDS as u64 * 1000;
 const HOUR: u64 = 3_600_000;
@@ -237,7 +239,7 @@ pub(super) fn life(
         (life.stale_while_revalidate, life.stale_if_error) = (0, 0);
     }
     life.lifetime = life.lifetime.min(2 * MOST);
-    if life.end() <= received {
+    if life.end(KEEP.0) <= received {
         return Err(if no_cache && ttl.is_none() { Why::NoCache } else { Why::Stale });
     }
     Ok(life)
@@ -449,11 +451,16 @@ impl Life {
     /// it is kept for as long again as it was fresh, at least an hour and at most a day: to be asked by, it costs the
     /// upstream an empty 304.
     pub(super) fn keep_until(&self) -> SystemTime {
-        UNIX_EPOCH + Duration::from_millis(self.end())
+        UNIX_EPOCH + Duration::from_millis(self.end(KEEP.0))
     }
 
-    fn end(&self) -> u64 {
-        let keep = if self.validator { self.lifetime.clamp(KEEP.0, KEEP.1) } else { 0 };
+    /// The same in a store that others need, too: with a validator as long again as it was fresh, at least a minute.
+    pub(super) fn share_until(&self) -> SystemTime {
+        UNIX_EPOCH + Duration::from_millis(self.end(SHARE))
+    }
+
+    fn end(&self, least: u64) -> u64 {
+        let keep = if self.validator { self.lifetime.clamp(least, KEEP.1) } else { 0 };
         let longest = keep.max(self.stale_while_revalidate).max(self.stale_if_error);
         self.received + self.lifetime.saturating_sub(self.initial_age) + longest
     }

@@ -32,6 +32,7 @@ use tracing::{debug, warn};
 use super::{
     Config,
     copies::Copies,
+    headroom::Headroom,
     kept::Kept,
     marks,
     purge::{Names, Purges, Standing, Target},
@@ -170,6 +171,7 @@ pub(super) struct Hub {
     ahead: AtomicU64,
     /// When Redis was last seen to have room, by [`clock`].
     room: AtomicU64,
+    pub(super) headroom: Arc<Headroom>,
     writes: mpsc::Sender<Write>,
     globs: Mutex<Globs>,
     /// Of streams, where there are any that can be taken up again.
@@ -299,6 +301,7 @@ impl Hub {
             hears: AtomicU64::new(u64::MAX),
             ahead: AtomicU64::new(0),
             room: AtomicU64::new(0),
+            headroom: Arc::new(Headroom::new()),
             writes,
             globs: Mutex::new((Box::default(), Arc::default())),
             copies: OnceLock::new(),
@@ -307,7 +310,7 @@ impl Hub {
         // They end with the hub, which is there before they begin.
         let mut tasks = JoinSet::new();
         tasks.spawn(send(Arc::downgrade(&hub), hub.wake.clone()));
-        tasks.spawn(write(redis.clone(), written));
+        tasks.spawn(write(redis.clone(), hub.headroom.clone(), written));
         let (of, weak) = (Arc::downgrade(of), Arc::downgrade(&hub));
         let subscription = redis.subscribe(&channel(redis), move |heard| {
             if let (Some(hub), Some(of)) = (weak.upgrade(), of.upgrade()) {
@@ -539,10 +542,20 @@ async fn send(hub: Weak<Hub>, wake: Arc<Notify>) {
     }
 }
 
-/// Writes what is left to be written.
-async fn write(redis: Redis, writes: mpsc::Receiver<Write>) {
-    let all = stream::unfold(writes, async |mut writes| Some((writes.recv().await?, writes)));
-    all.for_each_concurrent(AT_ONCE, async |write| write.run(&redis).await).await;
+/// Writes what is left to be written, as far as there is room for it.
+async fn write(redis: Redis, headroom: Arc<Headroom>, writes: mpsc::Receiver<Write>) {
+    let (redis, headroom) = (&redis, &*headroom);
+    let all = stream::unfold(writes, async |mut writes| {
+        let write = writes.recv().await?;
+        // What is taken out makes room.
+        let size = write.size();
+        let has_room = size == 0 || headroom.has(redis, size).await;
+        Some(((write, has_room), writes))
+    });
+    let each = async |(write, has_room): (Write, bool)| {
+        if has_room { write.run(redis, headroom).await } else { write.drop() }
+    };
+    all.for_each_concurrent(AT_ONCE, each).await;
 }
 
 #[cfg(test)]

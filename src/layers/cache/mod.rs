@@ -23,7 +23,9 @@
 //!   failover, or because it makes room (`maxmemory-policy` other than `noeviction`), comes back until it is stale.
 //!   Where Redis is full and what is dropped cannot be noted there, who may have missed it asks the upstream until there is
 //!   room. How old an answer in Redis is, Redis tells by its own clock: those of the replicas need not agree.
-//!   A user of an ACL needs the channels `&PREFIX:*`.
+//!   Answers leave room for limits, sessions and purges: none is written to Redis while more than 85 % of its `maxmemory`
+//!   are used, nor for five seconds after it took no more. Without a `maxmemory` nothing bounds them but their times.
+//!   A user of an ACL needs the channels `&PREFIX:*`, and `INFO` to know how full it is.
 //! - **What is taken up again.** With `resume`, a client that lost a stream gets the rest of it, if it is the one who asked:
 //!   see `resume`; with Redis from any replica: see `copies`.
 //!
@@ -66,6 +68,7 @@ mod encoding;
 mod fill;
 mod freshness;
 mod gate;
+mod headroom;
 mod hub;
 mod kept;
 pub mod key;

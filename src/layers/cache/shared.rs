@@ -35,6 +35,7 @@ use super::{
     copies,
     date::since_epoch,
     encoding::{self, Record},
+    headroom::Headroom,
     hub::{Hub, clock},
     key::Key,
     marks::{self, Changed, Marks},
@@ -421,7 +422,17 @@ pub(super) struct Write {
 }
 
 impl Write {
-    pub(super) async fn run(self, redis: &Redis) {
+    /// About how much room it takes.
+    pub(super) fn size(&self) -> usize {
+        self.what.as_ref().map_or(0, |(stored, _)| stored.weight())
+    }
+
+    /// Leaves it: there is no room.
+    pub(super) fn drop(self) {
+        self.of.metrics.in_redis(InRedis::Dropped);
+    }
+
+    pub(super) async fn run(self, redis: &Redis, headroom: &Headroom) {
         let Self { of, key, what, hub } = self;
         let name = of.name(&key, redis);
         let Some((stored, varies)) = what else {
@@ -429,7 +440,7 @@ impl Write {
             redis.delete(&name).await.ok();
             return;
         };
-        let left = stored.life.keep_until().duration_since(SystemTime::now()).unwrap_or_default();
+        let left = stored.life.share_until().duration_since(SystemTime::now()).unwrap_or_default();
         // A stream may have taken hours, for which marks had to live already.
         let old = clock().saturating_sub(stored.basis.seen.load(Ordering::Relaxed));
         let left = left.min(marks::MOST.saturating_sub(Duration::from_millis(old)));
@@ -453,6 +464,8 @@ impl Write {
             }
             redis.set(&name, &value, left).await
         };
-        of.metrics.in_redis(if written.await.is_ok() { InRedis::Stored } else { InRedis::Failed });
+        let written = written.await;
+        headroom.wrote(&written);
+        of.metrics.in_redis(if written.is_ok() { InRedis::Stored } else { InRedis::Failed });
     }
 }
