@@ -224,8 +224,8 @@ impl Shared {
     /// What an answer that there is rests on, where Redis has these marks `now` for `names`. It keeps what its body was
     /// asked for under: marks of now are as good only if no purge for good lies in between.
     async fn renews(&self, stale: &Stored, names: &Names, now: &Arc<Marks>, at: u64) -> Result<Option<Basis>, Failure> {
-        let Some(own) = &stale.basis.marks else {
-            // Redis was not asked before it. What others purge was heard, or nobody knows.
+        let Some(own) = marks_of(&stale.basis) else {
+            // Redis does not know. What others purge was heard, or nobody knows.
             return Ok(self.hears_all(&stale.basis).then(|| stale.basis.clone()));
         };
         let now = if stale.names.as_ref() == names { now.clone() } else { Arc::new(self.marks(&stale.names).await?.1) };
@@ -292,7 +292,7 @@ impl Shared {
 
     /// Holds an answer of this replica against what Redis knows of purges.
     pub(super) async fn check(&self, basis: &Basis, names: &Names, exchange: Option<&Exchange>) -> Holds {
-        let Some(own) = &basis.marks else { return Holds::Unknown };
+        let Some(own) = marks_of(basis) else { return Holds::Unknown };
         let at = clock();
         basis.looked.store(at, Ordering::Relaxed);
         let calls = async {
@@ -371,6 +371,13 @@ impl Shared {
         }
         self.write(key, Some((stored, (primary != key).then_some((primary, vary)))));
     }
+}
+
+/// The marks of an answer, as long as Redis has all that were made since they were seen to hold: of a purge that is longer
+/// ago than marks live there is no trace any more.
+fn marks_of(basis: &Basis) -> Option<&Arc<Marks>> {
+    let ago = Duration::from_millis(clock().saturating_sub(basis.seen.load(Ordering::Relaxed)));
+    basis.marks.as_ref().filter(|_| ago <= marks::MOST)
 }
 
 impl Of {
@@ -467,5 +474,30 @@ impl Write {
         let written = written.await;
         headroom.wrote(&written);
         of.metrics.in_redis(if written.is_ok() { InRedis::Stored } else { InRedis::Failed });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+    use crate::{layers::cache::hub::Purger, telemetry::Metrics};
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_not_seen_to_hold_for_as_long_as_marks_live_is_not_known() {
+        let config = serde_json::from_value(serde_json::json!({ "url": "redis://127.0.0.1:1" })).unwrap();
+        let metrics = Metrics::new();
+        // Without a Redis there, what may be held against it counts as valid.
+        let redis = Redis::start(&config, &metrics).unwrap();
+        let hub = Arc::new(Purger::default()).hub(&redis);
+        let config = Config::default();
+        let shared = Shared::new(hub, ("all", "api"), &config, &config::InRedis::default(), metrics.cache("all"));
+        let names = Names { host: "a.test".into(), path: "/a".into(), tags: Box::default() };
+        let basis = Basis::new(0, Some(Arc::default()), clock());
+        advance(marks::MOST).await;
+        assert!(matches!(shared.check(&basis, &names, None).await, Holds::Yes));
+        advance(Duration::from_secs(1)).await;
+        assert!(matches!(shared.check(&basis, &names, None).await, Holds::Unknown));
     }
 }
