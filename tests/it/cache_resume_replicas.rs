@@ -374,6 +374,20 @@ async fn a_redis_that_hangs_keeps_nobody_waiting_and_the_copy_catches_up() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn copies_leave_room_in_redis_for_what_else_is_there() {
+    let (redis, backend) = (Redis::start().await, Backend::start().await);
+    let [a, _b] = pair(&backend, &redis, RESUME).await;
+    redis.command(&["SETRANGE", "others", "20000000", "x"]).await;
+    redis.config_set("maxmemory", "24000000").await;
+    let Begun { client: _client, upstream: _upstream, id: _ } = begin(&backend, &a, prompt("")).await;
+    eventually("the copy to wait", async || copies_that(&a, "failed").await > 1).await;
+    assert_eq!(copies(&redis).await.len(), 0);
+    assert!(redis.command(&["SET", "limit", "1"]).await.starts_with("+OK"), "there is room for others");
+    redis.command(&["DEL", "others"]).await;
+    eventually("the copy to catch up", async || copies(&redis).await.len() == 1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_redis_that_has_lost_the_copy_gets_it_again() {
     let (mut redis, backend) = (Redis::start().await, Backend::start().await);
     let [a, b] = pair(&backend, &redis, RESUME).await;

@@ -1,5 +1,5 @@
-//! How much of Redis answers may take. Limits, sessions and marks of purges live there too, and anybody can have answers
-//! kept by asking for them: where they filled it, the others would have no room.
+//! How much of Redis answers, and copies of streams, may take. Limits, sessions and marks of purges live there too, and
+//! anybody can have answers kept by asking for them: where they filled it, the others would have no room.
 //!
 //! Redis is asked how full it is behind the requests, by who writes answers, and only while there are some to write.
 

@@ -171,7 +171,8 @@ pub(super) struct Hub {
     ahead: AtomicU64,
     /// When Redis was last seen to have room, by [`clock`].
     room: AtomicU64,
-    pub(super) headroom: Arc<Headroom>,
+    /// For answers and copies of streams.
+    headroom: Arc<Headroom>,
     writes: mpsc::Sender<Write>,
     globs: Mutex<Globs>,
     /// Of streams, where there are any that can be taken up again.
@@ -355,7 +356,7 @@ impl Hub {
 
     /// The copies of streams in this Redis.
     pub(super) fn copies(&self) -> &Arc<Copies> {
-        self.copies.get_or_init(|| Copies::start(&self.redis, self.id))
+        self.copies.get_or_init(|| Copies::start(&self.redis, &self.headroom, self.id))
     }
 
     fn has_work(&self) -> bool {

@@ -52,7 +52,7 @@ use parking_lot::Mutex;
 use tokio::{sync::Notify, task::JoinSet, time::sleep};
 
 pub(super) use self::write::Copier;
-use super::{hub::clock, shared::Shared};
+use super::{headroom::Headroom, hub::clock, shared::Shared};
 use crate::{
     store::{Failure, Heard, Key, Redis, Script, Subscription},
     telemetry::metrics::CacheMetrics,
@@ -75,6 +75,7 @@ const PART: usize = 64 << 10;
 /// All copies in one Redis that this process writes or reads.
 pub(super) struct Copies {
     redis: Redis,
+    headroom: Arc<Headroom>,
     /// Who this is among the replicas.
     id: u64,
     /// Who is told what is said on the channel, by what is said.
@@ -97,9 +98,10 @@ impl fmt::Debug for Copies {
 }
 
 impl Copies {
-    pub(super) fn start(redis: &Redis, id: u64) -> Arc<Self> {
+    pub(super) fn start(redis: &Redis, headroom: &Arc<Headroom>, id: u64) -> Arc<Self> {
         let copies = Arc::new(Self {
             redis: redis.clone(),
+            headroom: headroom.clone(),
             id,
             ears: Mutex::default(),
             running: AtomicUsize::new(0),

@@ -300,12 +300,19 @@ impl Copier {
             gone.to_string().into(),
         ];
         args.extend(self.written.iter().take(gone).map(|(at, _)| at.to_string().into_bytes()));
+        let bytes = fields.iter().map(Vec::len).sum();
         args.extend(fields);
+        let headroom = &self.of.copies.headroom;
+        if (next.is_some() || anew.is_some()) && !headroom.has(&self.of.copies.redis, bytes).await {
+            return Err(Failure::Full);
+        }
         self.of.copies.alive().await?;
         // Until it is known that it was not.
         self.unsure = next.is_some().then_some(length);
         self.is_there = true;
-        let (found, readers): (u8, String) = self.of.copies.redis.run(&APPEND, &self.keys, &args[..]).await?;
+        let appended = self.of.copies.redis.run(&APPEND, &self.keys, &args[..]).await;
+        headroom.wrote(&appended);
+        let (found, readers): (u8, String) = appended?;
         self.unsure = None;
         if found == 0 {
             return Ok(Wrote::Begin);
