@@ -56,38 +56,51 @@
 //! # });
 //! ```
 
+// The way of a request, and what it leaves behind.
 mod answer;
-pub mod canonical;
 mod change;
 mod coming;
-mod config;
-mod copies;
+mod fill;
+mod gate;
+mod question;
+mod upstream;
+mod warm;
+
+// What HTTP says of it: pure.
 mod date;
 mod directives;
-mod encoding;
-mod fill;
 mod freshness;
-mod gate;
-mod headroom;
-mod hub;
-mod kept;
-pub mod key;
-mod left;
-mod marks;
-mod purge;
-mod question;
 mod range;
-mod recording;
-mod resume;
-mod shared;
-mod state;
 mod status;
-mod stored;
-pub mod tags;
-mod upstream;
 mod validate;
 mod vary;
-mod warm;
+
+// Under which key it is, and by which names it is dropped.
+pub mod canonical;
+pub mod key;
+mod purge;
+pub mod tags;
+
+// What is kept, and what is on its way.
+mod kept;
+mod recording;
+mod stored;
+
+// Streams that are taken up again.
+mod copies;
+mod left;
+mod resume;
+
+// All replicas, by Redis.
+mod encoding;
+mod headroom;
+mod hub;
+mod marks;
+mod shared;
+
+// What a file says, and what outlives it.
+mod config;
+mod state;
 mod warmed;
 
 use std::{
