@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    mem,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -40,9 +41,6 @@ const GONE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Between two looks for what the client has had already, and that is on its way here.
 const SOON: Duration = Duration::from_millis(5);
-
-/// How many of them follow the first, where nothing is there yet.
-const TURNS: u32 = 2;
 
 impl Of {
     /// The rest of a stream that another replica has, or had, if it `is` the client's. It takes no longer than a call to
@@ -127,10 +125,10 @@ impl Of {
             missing: (!is_alive).then_some(now),
             presence,
         };
+        let mut counted = reader.ready.len();
         reader.look().await.map_err(|failed| failed.map_or(Lost::Unknown, Lost::from))?;
         // Its owner may not have written yet what the client has had.
-        let soon = Instant::now() + reader.copies.redis.deadline() / 2;
-        let mut counted = reader.ready.len();
+        let soon = Instant::now() + reader.copies.redis.deadline() / 3;
         loop {
             reader.ready.iter().skip(counted).for_each(|part| seen.pass(part));
             counted = reader.ready.len();
@@ -153,19 +151,18 @@ impl Of {
     /// All of a copy. Who comes very soon may be here before it is.
     async fn fields(&self, name: &str, key: &Key) -> Result<HashMap<String, Vec<u8>>, Failure> {
         let redis = &self.copies.redis;
-        for turn in 0..=TURNS {
+        let soon = Instant::now() + redis.deadline() / 3;
+        let mut has_asked = false;
+        loop {
             let fields = redis.hash(key).await?;
-            if !fields.is_empty() {
+            if !fields.is_empty() || Instant::now() >= soon {
                 return Ok(fields);
             }
-            if turn == 0 {
+            if !mem::replace(&mut has_asked, true) {
                 redis.publish(&self.copies.channel(), question(name).as_bytes()).await.ok();
-            } else if turn == TURNS {
-                break;
             }
-            sleep(SOON.min(redis.deadline() / 8)).await;
+            sleep(SOON).await;
         }
-        Ok(HashMap::new())
     }
 }
 
