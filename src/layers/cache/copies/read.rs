@@ -125,18 +125,16 @@ impl Of {
             missing: (!is_alive).then_some(now),
             presence,
         };
-        let mut counted = reader.ready.len();
-        reader.look().await.map_err(|failed| failed.map_or(Lost::Unknown, Lost::from))?;
         // Its owner may not have written yet what the client has had.
         let soon = Instant::now() + reader.copies.redis.deadline() / 3;
         loop {
+            let counted = reader.ready.len();
+            reader.look().await.map_err(|failed| failed.map_or(Lost::Unknown, Lost::from))?;
             reader.ready.iter().skip(counted).for_each(|part| seen.pass(part));
-            counted = reader.ready.len();
             if seen.count() >= last.event || reader.end.is_some() || !is_alive || Instant::now() >= soon {
                 break;
             }
             timeout(SOON, reader.ear.heard.notified()).await.ok();
-            reader.look().await.map_err(|failed| failed.map_or(Lost::Unknown, Lost::from))?;
         }
         let is_there = seen.count() >= last.event;
         let is_more = match reader.end {
