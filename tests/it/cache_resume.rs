@@ -57,6 +57,23 @@ pub async fn first(client: &mut Wire) -> String {
     id.to_owned()
 }
 
+/// A stream that a client has got the first event of.
+pub struct Begun {
+    pub client: Wire,
+    pub upstream: Wire,
+    pub id: String,
+}
+
+pub async fn begin(backend: &Backend, proxy: &Proxy, request: impl AsRef<[u8]>) -> Begun {
+    let mut client = asking(proxy, request).await;
+    let mut upstream = backend.accept().await;
+    upstream.request().await;
+    upstream.send(stream() + &chunk(&event(1))).await;
+    client.head().await;
+    let id = first(&mut client).await;
+    Begun { client, upstream, id }
+}
+
 /// Reads these events, in as many chunks as they come.
 pub async fn comes(client: &mut Wire, events: std::ops::RangeInclusive<usize>, recording: &str) {
     reads(client, &events.map(|n| numbered(n, recording)).collect::<String>()).await;
@@ -128,12 +145,7 @@ async fn who_comes_again_gets_what_it_missed_and_the_upstream_is_asked_once() {
 async fn who_comes_again_while_the_upstream_goes_on_gets_the_live_tail() {
     let backend = Backend::start().await;
     let proxy = Proxy::before(&backend.url(), &cached(RESUME)).await;
-    let mut client = asking(&proxy, prompt("x-request-id: cut-0\r\n")).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
+    let Begun { mut client, mut upstream, id } = begin(&backend, &proxy, prompt("x-request-id: cut-0\r\n")).await;
     let mut worst = Duration::ZERO;
     let mut n = 1;
     for turn in 0..5 {
@@ -165,12 +177,7 @@ async fn a_stream_is_nobody_elses() {
         let backend = Backend::start().await;
         let proxy = Proxy::before(&backend.url(), &cached(section)).await;
         let mine = "authorization: Bearer mine\r\n";
-        let mut client = asking(&proxy, prompt(mine)).await;
-        let mut upstream = backend.accept().await;
-        upstream.request().await;
-        upstream.send(stream() + &chunk(&event(1))).await;
-        client.head().await;
-        let id = first(&mut client).await;
+        let Begun { mut client, mut upstream, id } = begin(&backend, &proxy, prompt(mine)).await;
         let other_body = post("/v1/chat/completions", &(mine.to_owned() + &last(&id, 1)), r#"{"stream": true}"#);
         let other_path =
             post("/v1/other", &(mine.to_owned() + &last(&id, 1)), r#"{"stream":true,"temperature":1,"messages":[]}"#);
@@ -203,12 +210,7 @@ async fn when_the_time_is_over_the_upstream_is_let_go_and_a_new_stream_begins() 
     let backend = Backend::start().await;
     let section = "{ methods: [POST], key: [body], body: { when: { temperature: 0 } }, resume: 300ms }";
     let proxy = Proxy::before(&backend.url(), &cached(section)).await;
-    let mut client = asking(&proxy, prompt("x-request-id: cut\r\n")).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
+    let Begun { client, mut upstream, id } = begin(&backend, &proxy, prompt("x-request-id: cut\r\n")).await;
     client.leave(false);
     let begun = Instant::now();
     upstream.ended().await;
@@ -283,12 +285,7 @@ async fn a_stream_with_ids_of_its_own_is_untouched_and_its_upstreams_to_resume()
         assert_eq!(again.text(), "data: c\nid: 8\n\n");
         assert!(source(&again).contains("detail=last-event-id"), "{again:?}");
         // Where they come late, those that had ids of ours before begin anew.
-        let mut client = asking(&proxy, post("/late", "", "{}")).await;
-        let mut upstream = backend.accept().await;
-        upstream.request().await;
-        upstream.send(stream() + &chunk(&event(1))).await;
-        client.head().await;
-        let id = first(&mut client).await;
+        let Begun { mut client, mut upstream, id } = begin(&backend, &proxy, post("/late", "", "{}")).await;
         upstream.send(chunk("id: 9\ndata: 2\n\n")).await;
         assert_eq!(client.chunk().await.unwrap(), b"id: 9\ndata: 2\n\n");
         let mut again = asking(&proxy, post("/late", &last(&id, 1), "{ }")).await;
@@ -377,12 +374,7 @@ async fn a_reload_changes_nothing_and_another_process_begins_anew() {
         format!("upstreams: {{ api: {{ endpoints: [\"{}\"] }} }}\n{more}{}", backend.url(), cached(section))
     };
     let proxy = Proxy::start(&file("", RESUME)).await;
-    let mut client = asking(&proxy, prompt("x-request-id: cut\r\n")).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
+    let Begun { client, mut upstream, id } = begin(&backend, &proxy, prompt("x-request-id: cut\r\n")).await;
     left(&proxy, client, "cut", false).await;
     // The section itself changes, too.
     proxy.rewrite(&file("defaults: { timeouts: { connect: 4s } }\n", &RESUME.replace("20s", "30s")));
@@ -411,12 +403,7 @@ async fn comments_and_error_events_of_ours_come_between_as_before() {
     let settings =
         format!("defaults: {{ timeouts: {{ heartbeat: 60ms, idle: 1s, sse_error_event: true }} }}\n{}", cached(RESUME));
     let proxy = Proxy::before(&backend.url(), &settings).await;
-    let mut client = asking(&proxy, prompt("x-request-id: cut\r\n")).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
+    let Begun { mut client, mut upstream, id } = begin(&backend, &proxy, prompt("x-request-id: cut\r\n")).await;
     assert_eq!(client.chunk().await.unwrap(), b":\n\n");
     left(&proxy, client, "cut", false).await;
     upstream.send(chunk(&event(2))).await;
@@ -449,12 +436,7 @@ async fn of_a_large_stream_the_last_part_can_be_taken_up() {
     let backend = Backend::start().await;
     let section = "{ methods: [POST], key: [body], resume: 20s, max_body: 64KiB }";
     let proxy = Proxy::before(&backend.url(), &cached(section)).await;
-    let mut client = asking(&proxy, prompt("x-request-id: cut\r\n")).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
+    let Begun { mut client, mut upstream, id } = begin(&backend, &proxy, prompt("x-request-id: cut\r\n")).await;
     let large = |n: usize| format!("data: {n} {}", "x".repeat(1000));
     for n in 2..=200 {
         upstream.send(chunk(&(large(n) + "\n\n"))).await;

@@ -9,23 +9,17 @@ use tokio::time::Instant;
 use crate::{
     cache::{cached, get, source},
     cache_resume::{
-        END, RESUME, STREAM, asking, chunk, comes, event, first, last, left, numbered, post, prompt, reads, stream,
+        Begun, END, RESUME, STREAM, asking, begin, chunk, comes, event, first, last, left, numbered, post, prompt,
+        reads, stream,
     },
     harness::{
-        Backend, Proxy, Wire,
+        Backend, Proxy,
         backend::Recorder,
         client::{self, Http2Client},
         eventually, figure, ms,
         redis::{Cluster, Redis},
     },
 };
-
-/// Some of a stream that a client of `a` has begun.
-struct Begun {
-    client: Wire,
-    upstream: Wire,
-    id: String,
-}
 
 async fn replica(backend: &str, redis: &str, more: &str, section: &str) -> Proxy {
     let proxy = Proxy::before(backend, &format!("redis: {{ {redis} }}\n{more}{}", cached(section))).await;
@@ -58,17 +52,6 @@ async fn pair_with(backend: &str, redis: &Redis, more: &str, section: &str) -> [
 
 async fn pair(backend: &Backend, redis: &Redis, section: &str) -> [Proxy; 2] {
     pair_with(&backend.url(), redis, "", section).await
-}
-
-/// The first event has come.
-async fn begin(backend: &Backend, a: &Proxy, request: impl AsRef<[u8]>) -> Begun {
-    let mut client = asking(a, request).await;
-    let mut upstream = backend.accept().await;
-    upstream.request().await;
-    upstream.send(stream() + &chunk(&event(1))).await;
-    client.head().await;
-    let id = first(&mut client).await;
-    Begun { client, upstream, id }
 }
 
 /// Another stream is begun, whoever asked.
